@@ -1,0 +1,53 @@
+PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+PYTEST_ARGS ?=
+
+.PHONY: help demo test check protos bench image swarm clean
+
+# help: this list
+help:
+	@sed -n 's/^# \([a-z]*: .*\)/\1/p' Makefile
+
+# demo: eight daemons and their trainers learn real digits together; exits 0 only if all agree and the accuracy holds
+demo: $(INSTALLED)
+	$(PYTHON) clients/python/examples/demo_digits/run.py
+
+# test: everything CI runs; add PYTEST_ARGS="-k name" to narrow, "--cov" for coverage
+test: check
+	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+# check: style, types, the house's import rules, fresh stubs, proto lint
+check: $(INSTALLED)
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
+	$(PYTHON) protos/generate.py --check
+	.venv/bin/buf lint protos
+
+# protos: write the stubs of the daemon and of the Python client anew
+protos: $(INSTALLED)
+	$(PYTHON) protos/generate.py
+
+# bench: measure, side by side with others where they can be installed
+bench: $(INSTALLED)
+	$(PYTHON) -m tests.benchmarks
+
+# image: build the container image
+image:
+	docker/build-image.sh
+
+# swarm: four daemons in containers, each with its trainer; checks the result and takes them down
+swarm:
+	docker/run-swarm.sh
+
+# clean: remove what the other targets made
+clean:
+	rm -rf .venv .bench build dist *.egg-info clients/python/build clients/python/*.egg-info demo_digits.png htmlcov \
+		.coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): setup.cfg pyproject.toml clients/python/pyproject.toml
+	test -x $(PYTHON) || python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet -e ".[dev,demo]" -e clients/python
+	touch $@

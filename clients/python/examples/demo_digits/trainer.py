@@ -1,0 +1,72 @@
+"""One trainer of the demo: a small network, a shard of digits, and a daemon to average through.
+
+Knows its own shard and the socket of its daemon; does not know the other trainers, the grid, nor anything of moshpitd
+but `moshpit_client`. The loop in `main` is what moshpitd asks of anybody's training loop: open a session on the
+parameters, call `average` every few steps, go on with what stands in the arrays afterwards.
+
+For run.py, which started it, it prints one JSON object a line, an `averaging` after each averaging and a `finished` at
+the end, and saves the parameters as they were before and after each averaging under `--record`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from network import BATCH, Network, batches
+
+import moshpit_client
+
+
+def main() -> None:
+    """Trains on one shard, averaging through the daemon."""
+    parser = argparse.ArgumentParser(description="One trainer of the digits demo; run.py starts eight of them.")
+    parser.add_argument("--socket", required=True, help="of this trainer's daemon")
+    parser.add_argument("--shard", type=Path, required=True, help="an .npz with this trainer's `pixels` and `labels`")
+    parser.add_argument("--record", type=Path, required=True, help="directory for the parameters of every averaging")
+    parser.add_argument("--seed", type=int, required=True, help="of the order of batches")
+    parser.add_argument("--peers", type=int, required=True, help="begin an averaging only when so many are there")
+    parser.add_argument("--averagings", type=int, required=True)
+    parser.add_argument("--local-steps", type=int, required=True, help="steps of SGD between two averagings")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for one averaging")
+    arguments = parser.parse_args()
+
+    with np.load(arguments.shard) as shard:
+        pixels, labels = shard["pixels"], shard["labels"]
+    network = Network()
+    draws = batches(pixels, labels, BATCH, arguments.seed)
+
+    def train_and_average(session: moshpit_client.Session, number: int) -> None:
+        for _ in range(arguments.local_steps):
+            network.step(*next(draws))
+        before = network.vector()
+        receipt = session.average(weight=float(len(labels)), timeout=arguments.timeout)
+        np.save(arguments.record / f"averaging-{number:03}.npy", np.stack([before, network.vector()]))
+        first = next(iter(receipt.rounds), None)
+        report = {
+            "event": "averaging",
+            "number": number,
+            "outcome": receipt.outcome,
+            "axis": first.axis if first else None,
+            "group": first.group_id if first else f"nobody but {arguments.socket}",
+            "members": len(first.members) if first else 1,
+            "seconds": receipt.seconds.total,
+            "loss": network.loss(pixels, labels),
+        }
+        print(json.dumps(report), flush=True)
+
+    with moshpit_client.connect(arguments.socket) as daemon:
+        # One Moshpit round an averaging: groups along one axis of the grid now, along the other the next time.
+        with daemon.open_session(network.parameters, min_peers=arguments.peers, rounds=1, name="training") as session:
+            for number in range(arguments.averagings):
+                train_and_average(session, number)
+        # As many rounds as the grid has axes: the exact mean, and so the same model everywhere.
+        with daemon.open_session(network.parameters, min_peers=arguments.peers, rounds="auto", name="final") as session:
+            train_and_average(session, arguments.averagings)
+    print(json.dumps({"event": "finished"}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Average a trainer's tensors with the swarm, through the moshpitd daemon of this machine.
+
+import moshpit_client
+
+with moshpit_client.connect() as daemon:
+    with daemon.open_session({"w": w, "b": b}, min_peers=8) as session:
+        receipt = session.average(weight=32.0, timeout=30.0)  # in place
+"""
+
+from moshpit_client.daemon import Daemon, connect
+from moshpit_client.errors import (
+    DaemonBug,
+    DaemonLeaving,
+    DaemonUnreachable,
+    InvalidInput,
+    MoshpitError,
+    NoGroup,
+    NotFound,
+    PreconditionFailed,
+    ResourceExhausted,
+    WrongProcess,
+)
+from moshpit_client.receipt import Dropped, Member, Receipt, Round, Seconds, Span, Traffic
+from moshpit_client.session import Progress, Session
+from moshpit_client.status import ConfigValue, Peer, SessionStatus, Status
+
+__all__ = [
+    "ConfigValue",
+    "Daemon",
+    "DaemonBug",
+    "DaemonLeaving",
+    "DaemonUnreachable",
+    "Dropped",
+    "InvalidInput",
+    "Member",
+    "MoshpitError",
+    "NoGroup",
+    "NotFound",
+    "Peer",
+    "PreconditionFailed",
+    "Progress",
+    "Receipt",
+    "ResourceExhausted",
+    "Round",
+    "Seconds",
+    "Session",
+    "SessionStatus",
+    "Span",
+    "Status",
+    "Traffic",
+    "WrongProcess",
+    "connect",
+]

@@ -1,0 +1,140 @@
+"""The daemon of this machine, as a trainer sees it: where it is, how it is doing, sessions with it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from moshpit_client import tensors as _tensors
+from moshpit_client.connection import ANSWER_SECONDS, Connection
+from moshpit_client.errors import InvalidInput
+from moshpit_client.receipt import Receipt, read_receipt
+from moshpit_client.session import Session
+from moshpit_client.status import ConfigValue, Peer, Status, read_config_value, read_peer, read_status
+from moshpit_client.v1 import daemon_pb2 as pb
+
+_DATA_TYPES = {
+    "float64": pb.DATA_TYPE_FLOAT64,
+    "float32": pb.DATA_TYPE_FLOAT32,
+    "float16": pb.DATA_TYPE_FLOAT16,
+    "bfloat16": pb.DATA_TYPE_BFLOAT16,
+}
+_JOININGS = {"receive": pb.JOINING_RECEIVE, "contribute": pb.JOINING_CONTRIBUTE}
+
+
+def connect(path: str | os.PathLike[str] | None = None) -> Daemon:
+    """Connect to the daemon that serves `path`, or MOSHPITD_SOCKET, or the default. Raises DaemonUnreachable."""
+    return Daemon(os.path.abspath(path if path is not None else _default_socket()))
+
+
+def _default_socket() -> Path:
+    if socket := os.environ.get("MOSHPITD_SOCKET"):
+        return Path(socket).expanduser()
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime, "moshpitd", "moshpitd.sock")
+    return Path(tempfile.gettempdir(), f"moshpitd-{os.getuid()}", "moshpitd.sock")
+
+
+class Daemon:
+    """A connection to the daemon, from `connect` to `close`. Not to be used in a forked child."""
+
+    def __init__(self, socket: str) -> None:
+        self._connection = Connection(socket)
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<moshpit_client.Daemon on {self._connection.socket}>"
+
+    def close(self) -> None:
+        """Close the connection, and with it every session opened on it. Idempotent."""
+        self._connection.close()
+
+    def open_session(
+        self,
+        tensors: Mapping[str, object],
+        *,
+        name: str = "default",
+        min_peers: int = 1,
+        initial_peers: int | None = None,
+        rounds: Literal["auto"] | int = "auto",
+        codec: str = "float32",
+        joining: Literal["receive", "contribute"] = "receive",
+        lonely_wait: float | None = None,
+    ) -> Session:
+        """Open a session for these tensors: numpy arrays, or anything with `__dlpack__` on the CPU.
+
+        name: sessions of one swarm with different names are separate averagings.
+        min_peers: begin each averaging only when so many live sessions are there, this one included.
+        initial_peers: the same, for the first averaging only.
+        rounds: of an averaging; "auto" gives the exact mean of the swarm.
+        codec: how values travel between peers: float32 (lossless for every dtype), float16, bfloat16.
+        joining: whether a newcomer's first averaging only receives the swarm's mean or counts at once.
+        lonely_wait: seconds an averaging looks for somebody while nobody else is known.
+
+        Raises InvalidInput, naming the tensor, for what cannot be averaged.
+        """
+        self._connection.require()
+        views = {tensor: _tensors.view(tensor, value) for tensor, value in tensors.items()}
+        if joining not in _JOININGS:
+            raise InvalidInput(f"joining={joining!r}: give 'receive' or 'contribute'")
+        request = pb.OpenSessionRequest(
+            name=name,
+            tensors=[
+                pb.Tensor(name=view.spec.name, shape=view.spec.shape, data_type=_DATA_TYPES[view.spec.dtype])
+                for view in views.values()
+            ],
+            rounds=0 if rounds == "auto" else _count("rounds", rounds),
+            codec=codec,
+            min_peers=_count("min_peers", min_peers),
+            joining=_JOININGS[joining],
+            lonely_wait_seconds=lonely_wait or 0.0,
+        )
+        first_peers = 1 if initial_peers is None else _count("initial_peers", initial_peers)
+        # Immutable tensors are not kept: those of `average_values` come with each call.
+        kept = {name: tensors[name] for name, view in views.items() if not view.immutable}
+        return Session(self._connection, request, {name: view.spec for name, view in views.items()}, kept, first_peers)
+
+    def status(self) -> Status:
+        """How the daemon is doing."""
+        self._connection.require()
+        with self._connection.errors():
+            return read_status(self._connection.calls.get_status(pb.GetStatusRequest(), timeout=ANSWER_SECONDS))
+
+    def peers(self) -> list[Peer]:
+        """The peers the daemon knows."""
+        self._connection.require()
+        with self._connection.errors():
+            answer = self._connection.calls.list_peers(pb.ListPeersRequest(), timeout=ANSWER_SECONDS)
+        return [read_peer(message) for message in answer.peers]
+
+    def rounds(self, limit: int = 20, epoch: int | None = None) -> list[Receipt]:
+        """The receipts of the last averagings, newest first; of one epoch only, if given."""
+        self._connection.require()
+        request = pb.ListRoundsRequest(limit=_count("limit", limit), epoch=epoch)
+        with self._connection.errors():
+            answer = self._connection.calls.list_rounds(request, timeout=ANSWER_SECONDS)
+        return [read_receipt(message) for message in answer.receipts]
+
+    def config(self) -> list[ConfigValue]:
+        """The daemon's configuration, each value with where it came from."""
+        self._connection.require()
+        with self._connection.errors():
+            answer = self._connection.calls.get_config(pb.GetConfigRequest(), timeout=ANSWER_SECONDS)
+        return [read_config_value(message) for message in answer.values]
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 32:
+        raise InvalidInput(f"{name}={value!r}: give a whole number of at least 1")
+    return value

@@ -1,0 +1,161 @@
+"""The account of an averaging: who took part, with which weight, who was left out and why.
+
+Knows the receipt's message and its JSON; field names are those of the JSON. Ids and digests are hexadecimal. Positions
+count elements of the packed vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moshpit_client.records import Record
+from moshpit_client.v1 import daemon_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds(Record):
+    """Where the time went."""
+
+    matchmaking: float
+    reduce: float
+    total: float
+    """From the call to the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic(Record):
+    """Bytes that travelled between this peer and others."""
+
+    sent: int
+    received: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member(Record):
+    """A member of a round's group."""
+
+    peer: str
+    weight: float
+    """What it carried into the round."""
+    coordinate: int
+    """On the round's axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span(Record):
+    """Elements [start, stop) of the vector: who reduced them, whose values are in them."""
+
+    reducer: str
+    start: int
+    stop: int
+    contributors: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped(Record):
+    """Who was left out of a round, and why."""
+
+    peer: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Round(Record):
+    """One round of an averaging."""
+
+    round: int
+    axis: int
+    outcome: str
+    """complete, partial or alone"""
+    group_id: str
+    """Same id, same bits."""
+    digest: str
+    leader: str
+    rank: int
+    codec: str
+    transport: str
+    members: tuple[Member, ...]
+    spans: tuple[Span, ...]
+    dropped: tuple[Dropped, ...]
+    why: str
+    """Why it was not complete; empty when it was."""
+    weight_after: float
+    """What was carried into the next round."""
+    seconds: Seconds
+    bytes: Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt(Record):
+    """One averaging."""
+
+    outcome: str
+    """complete, partial or alone. When alone the tensors are as they were."""
+    epoch: int
+    """The number of this averaging in the swarm."""
+    joined: bool
+    """A newcomer's first averaging: it gave no weight and received the swarm's mean."""
+    weight_total: float
+    """The weight behind the result."""
+    peers: tuple[str, ...]
+    """Everybody met in any round, without oneself."""
+    digest: str
+    """Of the result; empty when alone."""
+    seconds: Seconds
+    bytes: Traffic
+    rounds: tuple[Round, ...]
+    why: str
+    """Why it was not complete; empty when it was."""
+    grid: str
+    """2x4, say."""
+    session: str
+    """The session's name."""
+
+
+_OUTCOMES = {pb.OUTCOME_COMPLETE: "complete", pb.OUTCOME_PARTIAL: "partial", pb.OUTCOME_ALONE: "alone"}
+
+
+def read_receipt(message: pb.Receipt) -> Receipt:
+    return Receipt(
+        outcome=_OUTCOMES[message.outcome],
+        epoch=message.epoch,
+        joined=message.joined,
+        weight_total=message.weight_total,
+        peers=tuple(message.peers),
+        digest=message.digest.hex(),
+        seconds=_seconds(message.seconds),
+        bytes=_traffic(message.bytes),
+        rounds=tuple(map(_round, message.rounds)),
+        why=message.why,
+        grid=message.grid,
+        session=message.session,
+    )
+
+
+def _round(message: pb.Round) -> Round:
+    return Round(
+        round=message.round,
+        axis=message.axis,
+        outcome=_OUTCOMES[message.outcome],
+        group_id=message.group_id.hex(),
+        digest=message.digest.hex(),
+        leader=message.leader,
+        rank=message.rank,
+        codec=message.codec,
+        transport=message.transport,
+        members=tuple(Member(member.peer, member.weight, member.coordinate) for member in message.members),
+        spans=tuple(Span(span.reducer, span.start, span.stop, tuple(span.contributors)) for span in message.spans),
+        dropped=tuple(Dropped(dropped.peer, dropped.why) for dropped in message.dropped),
+        why=message.why,
+        weight_after=message.weight_after,
+        seconds=_seconds(message.seconds),
+        bytes=_traffic(message.bytes),
+    )
+
+
+def _seconds(message: pb.Seconds) -> Seconds:
+    return Seconds(message.matchmaking, message.reduce, message.total)
+
+
+def _traffic(message: pb.Traffic) -> Traffic:
+    return Traffic(message.sent, message.received)

@@ -1,0 +1,295 @@
+"""A trainer's stay in a swarm: averages its tensors, call by call.
+
+Knows how an averaging goes over the wire and that a result counts only when all of it has arrived. Does not know how
+tensors lie in memory (tensors.py) nor what the daemon does with them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from moshpit_client.connection import ANSWER_SECONDS, Connection, keep_in_children
+from moshpit_client.errors import (
+    DaemonBug,
+    DaemonLeaving,
+    DaemonUnreachable,
+    InvalidInput,
+    MoshpitError,
+    NoGroup,
+    NotFound,
+)
+from moshpit_client.receipt import Receipt, read_receipt
+from moshpit_client.tensors import TensorSpec, View, canonical, pack, unpack, view
+from moshpit_client.v1 import daemon_pb2 as pb
+
+CLOSE_SECONDS = 60.0
+"""For CloseSession, which may wait for a running round to end for the others."""
+GATHER_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What an averaging waits for."""
+
+    text: str
+    """2 of 8 peers here, waiting for 6 more, 21 s left"""
+    fraction: float
+    """From 0 to 1."""
+
+
+ProgressCall = Callable[[Progress], None]
+
+
+class Session:
+    """Made by `Daemon.open_session`. Averagings of a session take turns, whatever threads they are called from."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        request: pb.OpenSessionRequest,
+        specs: Mapping[str, TensorSpec],
+        tensors: Mapping[str, object],
+        initial_peers: int,
+    ) -> None:
+        self._connection = connection
+        self._specs = canonical(specs)
+        self._tensors = dict(tensors)
+        self._initial_peers = initial_peers
+        self._turn = threading.Lock()
+        self._staging: npt.NDArray[np.uint8] | None = None
+        """Where results of `average` arrive; kept, because fresh memory is the slowest part of a large result."""
+        self._closed = False
+        with connection.errors():
+            # Held open, not read: the session lives as long as this call.
+            self._life = connection.calls.open_session(request)
+            try:
+                self.session_id = next(iter(self._life)).session_id
+            except StopIteration:
+                raise DaemonBug("the daemon ended the session's call before naming the session: report it") from None
+        keep_in_children(self._life)
+        self.name = request.name
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<moshpit_client.Session {self.name!r} of {len(self._specs)} tensors on {self._connection.socket}>"
+
+    def average(
+        self,
+        weight: float = 1.0,
+        timeout: float = 60.0,
+        epoch: int | None = None,
+        progress: ProgressCall | None = None,
+    ) -> Receipt:
+        """Average the session's tensors in place.
+
+        weight: of these values, finite and not negative; the samples since the last averaging, say.
+        timeout: seconds this call is willing to wait for peers and the result.
+        epoch: meet only peers with the same epoch; None meets the newest open averaging.
+        progress: called in this thread while waiting.
+
+        The tensors change only when the whole result has arrived; after any error they are as they were. Raises
+        InvalidInput for tensors that cannot be written (JAX): use `average_values`.
+        """
+        self._require()
+        with self._turn:
+            views = [self._view(spec) for spec in self._specs]
+            staging = self._staging
+            if staging is None:
+                staging = self._staging = np.empty(sum(spec.byte_size for spec in self._specs), np.uint8)
+            receipt, changed = self._exchange(views, staging, weight, timeout, epoch, progress)
+            if changed:
+                arrays = unpack(staging, self._specs)
+                for each in views:
+                    np.copyto(each.array, arrays[each.spec.name])
+            return receipt
+
+    def average_async(
+        self,
+        weight: float = 1.0,
+        timeout: float = 60.0,
+        epoch: int | None = None,
+        progress: ProgressCall | None = None,
+    ) -> Future[Receipt]:
+        """`average` in a thread of its own: neither read nor write the tensors until the future is done.
+
+        `progress` is called in that thread. A future can be cancelled while it waits for its turn.
+        """
+        self._require()
+        future: Future[Receipt] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                receipt = self.average(weight, timeout, epoch, progress)
+            except BaseException as error:  # whatever it is belongs to who asks the future
+                future.set_exception(error)
+            else:
+                future.set_result(receipt)
+
+        threading.Thread(target=run, name=f"moshpit-average-{self.name}", daemon=True).start()
+        return future
+
+    def average_values(
+        self,
+        tensors: Mapping[str, object],
+        weight: float = 1.0,
+        timeout: float = 60.0,
+        epoch: int | None = None,
+        progress: ProgressCall | None = None,
+    ) -> tuple[dict[str, npt.NDArray[np.generic]], Receipt]:
+        """Average these values and return new arrays: for JAX and others whose tensors cannot be written.
+
+        Names, shapes and dtypes must be those the session was opened with. bfloat16 comes back in the dtype of
+        ml_dtypes if it came as such, else as its bits in uint16.
+        """
+        self._require()
+        views = [self._given(spec, tensors) for spec in self._specs]
+        if unknown := sorted(tensors.keys() - {spec.name for spec in self._specs}):
+            raise InvalidInput(f"tensor {unknown[0]!r} is not of this session: open one that has it")
+        with self._turn:
+            packed = np.empty(sum(spec.byte_size for spec in self._specs), np.uint8)
+            receipt, changed = self._exchange(views, packed, weight, timeout, epoch, progress)
+            if not changed:
+                return {
+                    each.spec.name: each.array.astype(each.array.dtype).view(each.native) for each in views
+                }, receipt
+            arrays = unpack(packed, self._specs)
+            return {each.spec.name: arrays[each.spec.name].view(each.native) for each in views}, receipt
+
+    def close(self) -> None:
+        """Close the session and tell the swarm. Idempotent; nothing in a forked child, nothing when all is over."""
+        if self._closed or not self._connection.is_usable:
+            return
+        self._closed = True
+        self._staging = None
+        request = pb.CloseSessionRequest(session_id=self.session_id)
+        try:
+            with self._connection.errors():
+                self._connection.calls.close_session(request, timeout=CLOSE_SECONDS)
+        except (DaemonUnreachable, DaemonLeaving, NotFound):
+            pass  # It is closed already.
+        finally:
+            self._life.cancel()
+
+    def _require(self) -> None:
+        self._connection.require()
+        if self._closed:
+            raise MoshpitError(f"session {self.name!r} is closed: open another")
+
+    def _view(self, spec: TensorSpec) -> View:
+        tensor = self._tensors.get(spec.name)
+        if tensor is None:
+            raise InvalidInput(
+                f"tensor {spec.name!r} cannot be written in place: use Session.average_values, which returns new arrays"
+            )
+        return _checked(spec, view(spec.name, tensor))
+
+    def _given(self, spec: TensorSpec, tensors: Mapping[str, object]) -> View:
+        if spec.name not in tensors:
+            raise InvalidInput(f"tensor {spec.name!r} is missing: give all that the session was opened with")
+        return _checked(spec, view(spec.name, tensors[spec.name]))
+
+    def _exchange(
+        self,
+        views: Sequence[View],
+        packed: npt.NDArray[np.uint8],
+        weight: float,
+        timeout: float,
+        epoch: int | None,
+        progress: ProgressCall | None,
+    ) -> tuple[Receipt, bool]:
+        """One averaging; True when `packed` holds a whole result."""
+        if epoch is not None and not 0 <= epoch < 1 << 64:
+            raise InvalidInput(f"epoch={epoch}: give a whole number of at least 0")
+        if self._initial_peers > 1:
+            timeout -= self._gather(self._initial_peers, timeout, progress)
+        start = pb.AverageStart(
+            session_id=self.session_id, weight=float(weight), timeout_seconds=float(timeout), epoch=epoch
+        )
+        receipt: Receipt | None = None
+        arrived = 0
+        raw = packed.data
+        with self._connection.errors():
+            # The daemon bounds the call by its timeout, keepalive bounds the daemon.
+            call = self._connection.calls.average(_requests(start, views))
+            try:
+                for response in call:
+                    match response.WhichOneof("message"):
+                        case "chunk":
+                            chunk = response.chunk
+                            data = chunk.data
+                            if chunk.offset != arrived or arrived + len(data) > len(raw):
+                                raise DaemonBug("the daemon's result has a gap or is too long: report it with its log")
+                            raw[arrived : arrived + len(data)] = data
+                            arrived += len(data)
+                        case "receipt":
+                            receipt = read_receipt(response.receipt)
+                        case "progress" if progress is not None:
+                            progress(Progress(response.progress.text, response.progress.fraction))
+                        case _:
+                            pass  # what a newer daemon has to say
+            finally:
+                call.cancel()
+        self._initial_peers = 1
+        if receipt is None or arrived != (0 if receipt.outcome == "alone" else len(raw)):
+            raise DaemonBug("the daemon's result has no receipt or is too short: report it with its log")
+        return receipt, arrived > 0
+
+    def _gather(self, wanted: int, timeout: float, progress: ProgressCall | None) -> float:
+        """Wait until so many live sessions are there; returns the seconds it took. Raises NoGroup."""
+        began = time.monotonic()
+        while True:
+            with self._connection.errors():
+                status = self._connection.calls.get_status(pb.GetStatusRequest(), timeout=ANSWER_SECONDS)
+            here = [each.live_sessions for each in status.sessions if each.session_id == self.session_id]
+            if not here:
+                raise NotFound(f"the daemon has no session {self.name!r} any more: open it again")
+            waited = time.monotonic() - began
+            if here[0] >= wanted:
+                return waited
+            left = timeout - waited
+            if left <= 0:
+                raise NoGroup(
+                    f"{here[0]} of {wanted} peers were here after {timeout:g} s: start the others, give a longer "
+                    "timeout, or lower initial_peers"
+                )
+            if progress is not None:
+                text = f"{here[0]} of {wanted} peers here, waiting for {wanted - here[0]} more, {left:.0f} s left"
+                progress(Progress(text, 0.0))
+            time.sleep(min(GATHER_POLL_SECONDS, left))
+
+
+def _checked(spec: TensorSpec, found: View) -> View:
+    if found.spec != spec:
+        raise InvalidInput(
+            f"tensor {spec.name!r} is {found.spec} but was {spec} when the session was opened: open another session"
+        )
+    return found
+
+
+def _requests(start: pb.AverageStart, views: Sequence[View]) -> Iterator[pb.AverageRequest]:
+    """Pulled by gRPC's own thread as the daemon reads: packing and sending overlap."""
+    yield pb.AverageRequest(start=start)
+    offset = 0
+    for data in pack(views):
+        request = pb.AverageRequest()
+        request.chunk.offset = offset
+        request.chunk.data = data
+        yield request
+        offset += len(data)

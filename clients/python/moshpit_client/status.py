@@ -1,0 +1,118 @@
+"""What the daemon says of itself, its sessions, its peers and its configuration. Knows those messages, no calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moshpit_client.records import Record
+from moshpit_client.v1 import daemon_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatus(Record):
+    """A session of the daemon."""
+
+    session_id: str
+    name: str
+    state: str
+    """idle, gathering, matching, reducing or closing"""
+    waiting_for: str
+    epoch: int
+    """The number of the averaging it is in or takes part in next."""
+    grid: str
+    cell: tuple[int, ...]
+    live_sessions: int
+    """Of the same terms in the swarm, this one included."""
+    vector_bytes: int
+    averagings: dict[str, int]
+    """Ended ones by outcome."""
+    codec: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status(Record):
+    """How the daemon is doing."""
+
+    ready: bool
+    """Part of its swarm, taking rounds."""
+    peer_id: str
+    swarm: str
+    listen: str
+    announce: str
+    peers: int
+    """Other daemons known to be alive."""
+    sessions: tuple[SessionStatus, ...]
+    waiting_for: str
+    """What it waits for while not ready."""
+    version: str
+    pid: int
+    uptime_seconds: float
+    draining: bool
+    dialable: bool | None
+    """Whether other peers can dial it; None while unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer(Record):
+    """Another daemon."""
+
+    peer_id: str
+    address: str
+    """Empty when it cannot be dialled."""
+    state: str
+    """live or suspect"""
+    sessions: tuple[str, ...]
+    seconds_since_heard: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigValue(Record):
+    """A setting in force."""
+
+    name: str
+    value: str
+    source: str
+    """flag, environment, file or default"""
+
+
+def read_status(message: pb.GetStatusResponse) -> Status:
+    return Status(
+        ready=message.ready,
+        peer_id=message.peer_id,
+        swarm=message.swarm,
+        listen=message.listen,
+        announce=message.announce,
+        peers=message.peers,
+        sessions=tuple(map(_session, message.sessions)),
+        waiting_for=message.waiting_for,
+        version=message.version,
+        pid=message.pid,
+        uptime_seconds=message.uptime_seconds,
+        draining=message.draining,
+        dialable=message.dialable if message.HasField("dialable") else None,
+    )
+
+
+def _session(message: pb.SessionStatus) -> SessionStatus:
+    return SessionStatus(
+        session_id=message.session_id,
+        name=message.name,
+        state=message.state,
+        waiting_for=message.waiting_for,
+        epoch=message.epoch,
+        grid=message.grid,
+        cell=tuple(message.cell),
+        live_sessions=message.live_sessions,
+        vector_bytes=message.vector_bytes,
+        averagings=dict(message.averagings),
+        codec=message.codec,
+    )
+
+
+def read_peer(message: pb.Peer) -> Peer:
+    heard = message.seconds_since_heard if message.HasField("seconds_since_heard") else None
+    return Peer(message.peer_id, message.address, message.state, tuple(message.sessions), heard)
+
+
+def read_config_value(message: pb.ConfigValue) -> ConfigValue:
+    return ConfigValue(message.name, message.value, message.source)

@@ -1,0 +1,149 @@
+"""The trainer's tensors: what they are, where they lie, and how they become the packed vector and back.
+
+Knows numpy arrays and everything with `__dlpack__` on the CPU; never imports a framework. Does not know sessions or
+calls. A tensor is looked at anew for every averaging: a framework may have given it other memory in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moshpit_client import dlpack
+from moshpit_client.errors import InvalidInput
+
+CHUNK_BYTES = 1 << 20
+"""gRPC is fastest between 256 KiB and 1 MiB."""
+
+DTYPES: dict[str, np.dtype[np.generic]] = {
+    "float64": np.dtype("<f8"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
+"""The dtypes that can be averaged in the order of the packed vector, each as numpy holds it here."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a tensor is."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def byte_size(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor's values where they lie."""
+
+    spec: TensorSpec
+    array: npt.NDArray[np.generic]
+    """bfloat16 as uint16; any strides and byte order."""
+    native: np.dtype[np.generic]
+    """What a new array of this kind has for a dtype: that of ml_dtypes, if the trainer has bfloat16 from there."""
+    immutable: bool
+    owner: object
+    """Keeps the memory."""
+
+
+def view(name: str, tensor: object) -> View:
+    """Raises InvalidInput, naming the tensor, for what cannot be averaged."""
+    if isinstance(tensor, np.ndarray):
+        return _of_array(name, tensor)
+    if getattr(tensor, "requires_grad", False):
+        tensor = tensor.detach()  # type: ignore[attr-defined]  # a torch parameter: same memory, without its graph
+    export = getattr(tensor, "__dlpack__", None)
+    if export is None or not callable(export):
+        raise InvalidInput(
+            f"tensor {name!r} is a {type(tensor).__name__}: give a numpy array, or a tensor with __dlpack__ on the CPU"
+        )
+    try:
+        lent = dlpack.borrow(export)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"tensor {name!r} does not give access to its memory ({error}): give a dense tensor on the CPU"
+        ) from error
+    if lent.array is None:
+        raise _not_a_float(name, lent.dtype)
+    spec = TensorSpec(name, lent.shape, lent.dtype)
+    as_numpy = _as_numpy(tensor)
+    # DLPack before 1.0 cannot say that memory must not be written: then those without item assignment, and those whose
+    # numpy view is read-only, are taken for immutable.
+    immutable = lent.read_only or not hasattr(tensor, "__setitem__")
+    immutable = immutable or (as_numpy is not None and not as_numpy.flags.writeable)
+    native = lent.array.dtype if as_numpy is None else as_numpy.dtype
+    return View(spec, lent.array, native, immutable, lent.owner)
+
+
+def _of_array(name: str, array: npt.NDArray[np.generic]) -> View:
+    dtype = array.dtype.name
+    if dtype not in DTYPES:
+        raise _not_a_float(name, dtype)
+    raw = array.view(np.uint16) if dtype == "bfloat16" else array
+    return View(TensorSpec(name, array.shape, dtype), raw, array.dtype, not array.flags.writeable, array)
+
+
+def _as_numpy(tensor: object) -> npt.NDArray[np.generic] | None:
+    if not hasattr(tensor, "__array__"):
+        return None
+    try:
+        return np.asarray(tensor)
+    except (TypeError, RuntimeError, ValueError):  # torch has no numpy dtype for bfloat16
+        return None
+
+
+def _not_a_float(name: str, dtype: str) -> InvalidInput:
+    return InvalidInput(
+        f"tensor {name!r} is {dtype}: only {', '.join(DTYPES)} can be averaged; leave it out or cast it"
+    )
+
+
+def canonical(specs: Mapping[str, TensorSpec]) -> list[TensorSpec]:
+    """The order of the packed vector: by dtype, widest first, then by the bytes of the name."""
+    order = list(DTYPES)
+    return sorted(specs.values(), key=lambda spec: (order.index(spec.dtype), spec.name.encode()))
+
+
+def pack(views: Sequence[View]) -> Iterator[bytes]:
+    """The packed vector in chunks of CHUNK_BYTES, made as they are asked for: one copy of contiguous tensors."""
+    pieces: list[memoryview] = []
+    room = CHUNK_BYTES
+    for each in views:
+        raw = _bytes_of(each)
+        while raw:
+            pieces.append(raw[:room])
+            room -= len(pieces[-1])
+            raw = raw[len(pieces[-1]) :]
+            if not room:
+                yield b"".join(pieces)
+                pieces, room = [], CHUNK_BYTES
+    if pieces:
+        yield b"".join(pieces)
+
+
+def unpack(packed: npt.NDArray[np.uint8], specs: Sequence[TensorSpec]) -> dict[str, npt.NDArray[np.generic]]:
+    """Views of the packed vector by name; bfloat16 as uint16."""
+    arrays: dict[str, npt.NDArray[np.generic]] = {}
+    start = 0
+    for spec in specs:
+        stop = start + spec.byte_size
+        arrays[spec.name] = packed[start:stop].view(DTYPES[spec.dtype]).reshape(spec.shape)
+        start = stop
+    return arrays
+
+
+def _bytes_of(view: View) -> memoryview:
+    flat = np.ascontiguousarray(view.array, DTYPES[view.spec.dtype]).reshape(-1)
+    return flat.view(np.uint8).data

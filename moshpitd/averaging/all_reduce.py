@@ -1,0 +1,806 @@
+"""From a Group and a vector to the averaged vector: reduce-scatter, all-gather, agreement.
+
+Knows chunks, views and who owes what. Does not know how the group was found, what a round is part of, sockets or clocks.
+
+Each piece of the vector has an owner, at first the reducer of its span. Members send the owner their contribution; when
+all of them are there the owner reduces, in the order of rank and never of arrival, encodes the average once and sends
+the same bytes to all, keeping what those bytes decode to. Who holds every average says Ready with a digest over the
+decoded averages, and commits when every live member said the same.
+
+| state      | means                                              | left by                                           |
+|------------|----------------------------------------------------|---------------------------------------------------|
+| EXCHANGING | chunks go to and fro                               | the last average -> READY; a higher view          |
+| AGREEING   | a view came; Holdings of its live members awaited  | the last of them -> EXCHANGING; a higher view     |
+| READY      | every average is here                              | Ready from all -> COMMITTED; a higher view        |
+| COMMITTED  | the result stands; still answers views             | (none)                                            |
+| FAILED     | left out, alone, or out of time; values untouched  | (none)                                            |
+
+When a member fails, a view without it opens (PROTOCOL.md, Commit and failover): members tell what they hold, what
+anybody holds is served again as it is, and only what nobody holds is reduced again. Contributions never change before
+the commit, so one that arrived counts in every view. What a committed member holds, all live members of its view hold:
+a later view re-serves exactly those values.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from typing import assert_never
+
+import numpy as np
+
+from moshpitd.averaging.codecs import Codec
+from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
+from moshpitd.averaging.errors import RemoteProtocolError
+from moshpitd.averaging.messages import Chunk, Group, Heartbeat, Holdings, Ready, ReductionMessage, Suspect, View
+from moshpitd.averaging.names import Rank, digest, short
+from moshpitd.averaging.partition import Piece, pieces_of
+from moshpitd.averaging.receipt import DroppedLine, SpanLine
+from moshpitd.averaging.vector import DTYPES, Floats, Vector, first_non_finite
+
+NOT_HELD = -1
+VIEWS_MAX = 64
+"""More views than members could need: beyond it somebody plays games."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllReduceConfig:
+    """When a silent member is given up."""
+
+    heartbeat_s: float = 1.0
+    """Each live member tells all others this often how far it is. Shorter finds the dead sooner and costs messages."""
+    beats_missed_max: int = 3
+    """A member whose progress stands still for so many heartbeats is suspected (if it owes us something)."""
+    slowest_chunk_factor: float = 4.0
+    """... but not before this many times its slowest chunk so far: a slow link that moves is waited for."""
+
+
+class State(Enum):
+    EXCHANGING = "exchanging"
+    AGREEING = "agreeing"
+    READY = "ready"
+    COMMITTED = "committed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A chunk to put on the wire: `encode()` makes its payload (at most a chunk of work)."""
+
+    chunk: Chunk
+    """Without its payload."""
+    encode: Callable[[], bytes]
+
+
+class AllReduce:
+    """One member's part in one group. `values` is read until the commit, `result` written; they must not overlap."""
+
+    def __init__(
+        self, group: Group, rank: Rank, *, values: Vector, result: Vector, codec: Codec, config: AllReduceConfig, now: float
+    ) -> None:
+        self.group = group
+        self.rank = rank
+        self.state = State.EXCHANGING
+        self.why = ""
+        """Why it failed, or why the commit is not complete."""
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._values = values
+        self._result = result
+        self._codec = codec
+        self._config = config
+        self._effects: list[Effect] = []
+
+        n = len(group.members)
+        self._weights = scaled_weights([member.weight for member in group.members])
+        self._contributors = tuple(Rank(r) for r in range(n) if self._weights[r] > 0)
+        self._pieces = pieces_of(values.layout, group.spans, group.chunk_bytes)
+        self._view = 0
+        self._author = Rank(0)
+        self._live: tuple[Rank, ...] = tuple(Rank(r) for r in range(n))
+        self._committed: tuple[Rank, ...] = ()
+        self._dropped: dict[Rank, str] = {}
+        self._suspected: dict[Rank, str] = {}
+        self._accused: list[Rank] = []
+
+        count = len(self._pieces)
+        self._owner: list[Rank] = [piece.reducer for piece in self._pieces]
+        self._made_in = [NOT_HELD] * count
+        self._maker: list[Rank] = list(self._owner)
+        self._checksum = [0] * count
+        self._present: list[tuple[Rank, ...]] = [()] * count
+        self._missing = count
+        self._inbox: list[dict[Rank, bytes | memoryview]] = [{} for _ in range(count)]
+        self._reducing: set[int] = set()
+        """Pieces whose reduction or decoding runs; no piece twice at a time."""
+        self._jobs: dict[int, Callable[[object], None]] = {}
+        self._next_job = 0
+        self._encoded: dict[int, tuple[bytes, int]] = {}
+        """The code of an average made here, and how many members still have to be sent it."""
+        self._contribute: list[deque[int]] = [deque() for _ in range(n)]
+        self._contributed: list[set[int]] = [set() for _ in range(n)]
+        self._publish: list[deque[int]] = [deque() for _ in range(n)]
+        self._ready: dict[Rank, bytes] = {}
+        self._holdings: dict[Rank, tuple[int, ...]] = {}
+        self._early: deque[tuple[Rank, ReductionMessage | Chunk]] = deque(maxlen=4 * count + 16 * n)
+        """Of a view we have not heard of yet."""
+        self._digest = b""
+
+        self._deadline = now + group.budget_s
+        self._next_beat = now + config.heartbeat_s
+        self._beats = [Progress(now) for _ in range(n)]
+        self._emit(OpenStreams(group, rank))
+        self._log(f"reducing: group of {n}, rank {rank}, {count} chunks")
+        if not self._contributors:
+            self._become_failed("nobody in the group has any weight")
+            return
+        self._queue_contributions(range(count))
+        for index in range(count):
+            self._reduce_if_complete(index)
+        self._become_ready_if_done(now)
+
+    # ---- what the owner reads
+
+    @property
+    def live(self) -> tuple[Rank, ...]:
+        return self._live
+
+    @property
+    def finished(self) -> bool:
+        return self.state in (State.COMMITTED, State.FAILED)
+
+    @property
+    def idle(self) -> bool:
+        """No job of ours runs any more: buffers may go."""
+        return not self._jobs
+
+    @property
+    def digest(self) -> bytes:
+        """Over the decoded averages; the same at every member that committed under `group_id`."""
+        return self._digest
+
+    @property
+    def group_id(self) -> bytes:
+        """hash(group id, survivors): same id, same bits."""
+        return digest("group", self.group.group_id, *self._committed)[:16]
+
+    @property
+    def is_complete(self) -> bool:
+        """Everybody contributed everything and confirmed."""
+        return (
+            self.state is State.COMMITTED
+            and not self.why
+            and len(self._committed) == len(self.group.members)
+            and all(present == self._contributors for present in self._present)
+        )
+
+    def span_lines(self) -> tuple[SpanLine, ...]:
+        """Neighbouring pieces with the same reducer and contributors, as one line each."""
+        lines: list[SpanLine] = []
+        peers = [member.peer for member in self.group.members]
+        for piece in self._pieces:
+            reducer = peers[self._maker[piece.index]]
+            contributors = tuple(peers[rank] for rank in self._present[piece.index])
+            last = lines[-1] if lines else None
+            if last and last.stop == piece.start and (last.reducer, last.contributors) == (reducer, contributors):
+                lines[-1] = SpanLine(reducer, last.start, piece.stop, contributors)
+            else:
+                lines.append(SpanLine(reducer, piece.start, piece.stop, contributors))
+        return tuple(lines)
+
+    def dropped_lines(self) -> tuple[DroppedLine, ...]:
+        return tuple(DroppedLine(self.group.members[rank].peer, why) for rank, why in sorted(self._dropped.items()))
+
+    def fraction_done(self) -> float:
+        return 1 - self._missing / max(1, len(self._pieces))
+
+    # ---- inputs
+
+    def receive(self, message: ReductionMessage, sender: Rank, now: float) -> None:
+        """A message of the sender proved by its channel. Raises RemoteProtocolError for nonsense."""
+        beat = self._beats[sender]
+        beat.heard(now)
+        match message:
+            case Heartbeat(moved=moved):
+                beat.moved(moved, now)
+            case Suspect(view=view, rank=rank, why=why):
+                self._check_rank(rank)
+                if view == self._view and rank in self._live and rank not in (self.rank, sender):
+                    self.suspect(rank, why, now)
+            case View():
+                self._receive_view(message, sender, now)
+            case Ready(view=view) | Holdings(view=view) if view > self._view:
+                self._early.append((sender, message))
+            case Holdings(view=view, views=views):
+                if len(views) != len(self._pieces):
+                    raise RemoteProtocolError(f"holdings of {len(views)} chunks, there are {len(self._pieces)}")
+                if view == self._view and sender in self._live:
+                    self._holdings[sender] = views
+                    self._assign_if_agreed(now)
+            case Ready(view=view, digest=their_digest):
+                if view == self._view and sender in self._live:
+                    self._ready[sender] = their_digest
+                    self._commit_if_all_ready(now)
+            case _:
+                assert_never(message)
+
+    def chunk_received(self, chunk: Chunk, sender: Rank, now: float) -> None:
+        """A chunk of the sender's stream. Raises RemoteProtocolError for nonsense."""
+        if not 0 <= chunk.index < len(self._pieces):
+            raise RemoteProtocolError(f"chunk {chunk.index} of {len(self._pieces)}")
+        self.bytes_received += len(chunk.payload)
+        beat = self._beats[sender]
+        beat.heard(now)
+        beat.chunk(now)
+        if self.finished or sender not in self._live:
+            return
+        if chunk.view > self._view or (chunk.view == self._view and self.state is State.AGREEING):
+            self._early.append((sender, chunk))  # who owns what is not settled here yet
+        elif chunk.is_average:
+            self._average_received(chunk, sender)
+        else:
+            self._contribution_received(chunk, sender)
+
+    def compute_finished(self, job_id: int, value: object, now: float) -> None:
+        """The value of a job asked for by a Compute effect."""
+        then = self._jobs.pop(job_id)
+        if not self.finished:
+            then(value)
+            self._assign_if_agreed(now)
+            self._become_ready_if_done(now)
+            accused, self._accused = self._accused, []
+            for rank in accused:
+                self._open_or_ask_for_view(rank, now)
+
+    def suspect(self, rank: Rank, why: str, now: float) -> None:
+        """This member does not go on, as the door, a timer or another member found out."""
+        if rank not in self._live or rank == self.rank or rank in self._suspected or self.state is State.FAILED:
+            return
+        self._suspected[rank] = why
+        self._log(f"suspects {self._name(rank)}: {why}")
+        self._open_or_ask_for_view(rank, now)
+
+    def handle_timer(self, now: float) -> None:
+        if self.finished:
+            return
+        if now >= self._deadline:
+            self._out_of_time(now)
+        elif now >= self._next_beat:
+            self._beat(now)
+
+    def next_deadline(self) -> float | None:
+        return None if self.finished else min(self._deadline, self._next_beat)
+
+    def next_outgoing(self, rank: Rank) -> Outgoing | None:
+        """The next chunk for this member, averages first; None until the bell rings."""
+        if self.finished or rank not in self._live:
+            return None
+        if self._publish[rank]:
+            return self._outgoing_average(self._publish[rank].popleft())
+        while self._contribute[rank]:
+            index = self._contribute[rank].popleft()
+            if index not in self._contributed[rank]:
+                self._contributed[rank].add(index)
+                return self._outgoing_contribution(index)
+        return None
+
+    def take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    # ---- chunks
+
+    def _outgoing_contribution(self, index: int) -> Outgoing:
+        piece = self._pieces[index]
+        values = self._values.elements(piece.start, piece.stop)
+        self.bytes_sent += self._codec.encoded_bytes(values.dtype, len(values))
+        return Outgoing(Chunk(index, self._view, b"", is_average=False), partial(self._codec.encode, values))
+
+    def _outgoing_average(self, index: int) -> Outgoing:
+        piece = self._pieces[index]
+        made_here = self._encoded.get(index)
+        header = partial(
+            Chunk,
+            index,
+            self._view,
+            b"",
+            is_average=True,
+            contributors=self._present[index],
+            made_in=self._made_in[index],
+        )
+        if made_here is None:
+            values = self._result.elements(piece.start, piece.stop)
+            self.bytes_sent += values.nbytes
+            return Outgoing(header(decoded=True), values.tobytes)
+        code, left = made_here
+        self.bytes_sent += len(code)
+        if left > 1:
+            self._encoded[index] = (code, left - 1)
+        else:
+            del self._encoded[index]
+        return Outgoing(header(), lambda: code)
+
+    def _contribution_received(self, chunk: Chunk, sender: Rank) -> None:
+        index = chunk.index
+        if self._owner[index] != self.rank or self._made_in[index] != NOT_HELD:
+            return  # of an older view: somebody else's piece now, or reduced already
+        if sender not in self._contributors:
+            raise RemoteProtocolError(f"{self._name(sender)} joined with weight 0 but sent a contribution")
+        self._inbox[index].setdefault(sender, chunk.payload)
+        self._reduce_if_complete(index)
+
+    def _reduce_if_complete(self, index: int) -> None:
+        """Once every live contributor's chunk is here: one job reduces, encodes and decodes."""
+        if self._owner[index] != self.rank or self._made_in[index] != NOT_HELD or index in self._reducing:
+            return
+        if self.state is not State.EXCHANGING:
+            return
+        inbox = self._inbox[index]
+        waited_for = [rank for rank in self._contributors if rank in self._live and rank != self.rank]
+        if any(rank not in inbox for rank in waited_for):
+            return
+        # One that arrived counts even if its sender died since.
+        present = tuple(rank for rank in self._contributors if rank == self.rank or rank in inbox)
+        if not present:
+            return  # all who had weight are gone; the time will run out
+        piece = self._pieces[index]
+        job = partial(
+            reduce_chunk,
+            piece,
+            [(self.group.members[r].coordinate, self._weights[r], None if r == self.rank else inbox[r]) for r in present],
+            self._values.elements(piece.start, piece.stop),
+            self._result.elements(piece.start, piece.stop),
+            self._codec,
+        )
+        self._compute(index, job, piece.byte_size * len(present), partial(self._reduced, index, present, self._view))
+
+    def _reduced(self, index: int, present: tuple[Rank, ...], view: int, value: object) -> None:
+        assert isinstance(value, Reduced | Spoilt)
+        if isinstance(value, Spoilt):
+            culprit = present[value.position]
+            self._inbox[index].pop(culprit, None)
+            self._accuse(culprit, value.why)
+            return
+        if view != self._view:
+            return  # made in a view that is over; the new one decides about this piece
+        self._hold(index, made_in=view, maker=self.rank, present=present, checksum=value.checksum)
+        self._inbox[index].clear()
+        others = [rank for rank in self._live if rank != self.rank]
+        if others:
+            self._encoded[index] = (value.code, len(others))
+            for rank in others:
+                self._publish[rank].append(index)
+                self._emit(Sendable(self.group.group_id, rank))
+
+    def _average_received(self, chunk: Chunk, sender: Rank) -> None:
+        index = chunk.index
+        if chunk.view < self._view or self._made_in[index] != NOT_HELD or index in self._reducing:
+            return
+        if self._owner[index] != sender:
+            raise RemoteProtocolError(f"{self._name(sender)} sent the average of chunk {index}, which is not its to send")
+        if not chunk.contributors or any(rank not in self._contributors for rank in chunk.contributors):
+            raise RemoteProtocolError(f"an average of chunk {index} by impossible contributors")
+        piece = self._pieces[index]
+        job = partial(
+            decode_average,
+            piece,
+            chunk.payload,
+            None if chunk.decoded else self._codec,
+            self._result.elements(piece.start, piece.stop),
+        )
+        self._compute(index, job, piece.byte_size, partial(self._decoded, chunk, sender, self._view))
+
+    def _decoded(self, chunk: Chunk, sender: Rank, view: int, value: object) -> None:
+        assert isinstance(value, int | str)
+        if isinstance(value, str):
+            self._accuse(sender, value)
+        elif view == self._view:
+            first_made_by = self._pieces[chunk.index].reducer
+            maker = first_made_by if chunk.decoded and chunk.made_in == 0 else sender
+            self._hold(chunk.index, made_in=chunk.made_in, maker=maker, present=chunk.contributors, checksum=value)
+
+    def _hold(self, index: int, *, made_in: int, maker: Rank, present: tuple[Rank, ...], checksum: int) -> None:
+        assert self._made_in[index] == NOT_HELD
+        self._made_in[index] = made_in
+        self._maker[index] = maker
+        self._present[index] = present
+        self._checksum[index] = checksum
+        self._missing -= 1
+
+    def _compute(self, index: int, job: Callable[[], object], cost_bytes: int, then: Callable[[object], None]) -> None:
+        self._reducing.add(index)
+        self._next_job += 1
+
+        def done(value: object) -> None:
+            self._reducing.discard(index)
+            then(value)
+
+        self._jobs[self._next_job] = done
+        self._emit(Compute(self.group.group_id, self._next_job, job, cost_bytes))
+
+    def _queue_contributions(self, indices: Iterable[int]) -> None:
+        """Line up what we owe the owners, per owner in the order of the vector."""
+        if self.rank not in self._contributors:
+            return
+        rung: set[Rank] = set()
+        for index in indices:
+            owner = self._owner[index]
+            if owner != self.rank and index not in self._contributed[owner]:
+                self._contribute[owner].append(index)
+                rung.add(owner)
+        for rank in sorted(rung):
+            self._emit(Sendable(self.group.group_id, rank))
+
+    # ---- commit
+
+    def _become_ready_if_done(self, now: float) -> None:
+        if self.state is not State.EXCHANGING or self._missing or self._jobs:
+            return
+        self.state = State.READY
+        self._digest = digest(
+            "averages", self._codec.name, *(value for index, value in enumerate(self._checksum) for value in (index, value))
+        )
+        self._ready[self.rank] = self._digest
+        self._tell_live(Ready(self.group.group_id, self._view, self._digest))
+        self._commit_if_all_ready(now)
+
+    def _commit_if_all_ready(self, now: float) -> None:
+        if self.state is not State.READY or any(rank not in self._ready for rank in self._live):
+            return
+        differing = [rank for rank in self._live if self._ready[rank] != self._digest]
+        if differing:
+            names = ", ".join(self._name(rank) for rank in differing)
+            self._become_failed(f"agreement failed: {names} hold other averages than we do")
+        else:
+            self._become_committed()
+
+    def _become_committed(self) -> None:
+        assert self.state is State.READY
+        self.state = State.COMMITTED
+        self._committed = self._live
+        self._log(f"reducing -> committed: {len(self._live)} of {len(self.group.members)} members" + self._because())
+        self._release()
+
+    def _become_failed(self, why: str) -> None:
+        assert not self.finished
+        self.state = State.FAILED
+        self.why = why
+        self._log(f"reducing -> failed: {why}")
+        self._release()
+
+    def _release(self) -> None:
+        self._inbox = [{} for _ in self._pieces]
+        self._encoded.clear()
+        self._early.clear()
+        self._emit(CloseStreams(self.group.group_id))
+
+    def _out_of_time(self, now: float) -> None:
+        if self.state is State.READY:
+            unconfirmed = [rank for rank in self._live if rank not in self._ready]
+            self.why = f"unconfirmed: {', '.join(self._name(rank) for rank in unconfirmed)}"
+            self._become_committed()
+            return
+        owing = [rank for rank in self._live if rank != self.rank and self._owes(rank)]
+        for rank in owing:
+            self._dropped.setdefault(rank, "had not finished when time ran out")
+        names = ", ".join(self._name(rank) for rank in owing) or "nobody in particular"
+        self._become_failed(f"time ran out with {self._missing} of {len(self._pieces)} chunks missing; waited for {names}")
+
+    # ---- progress of others
+
+    def _beat(self, now: float) -> None:
+        asleep = now - self._next_beat > self._config.heartbeat_s
+        self._next_beat = now + self._config.heartbeat_s
+        self._tell_live(Heartbeat(self.group.group_id, self.bytes_sent + self.bytes_received))
+        if asleep:  # our own process stood still: nobody else is to blame for the silence
+            for beat in self._beats:
+                beat.restart(now)
+            return
+        for rank in self._live:
+            if rank == self.rank:
+                continue
+            if rank in self._suspected:
+                self._open_or_ask_for_view(rank, now)
+            elif why := self._stopped(rank, now):
+                self.suspect(rank, why, now)
+
+    def _stopped(self, rank: Rank, now: float) -> str:
+        """Why this member must be taken for stopped; empty while it moves or owes us nothing."""
+        if not self._owes(rank):
+            return ""
+        beat = self._beats[rank]
+        patience = max(
+            self._config.beats_missed_max * self._config.heartbeat_s, self._config.slowest_chunk_factor * beat.slowest_chunk_s
+        )
+        silent, still = now - beat.heard_at, now - beat.moved_at
+        if silent >= patience:
+            return f"not heard from for {silent:.1f} s"
+        # A reducer may itself wait for a stopped contributor: that one must fall first.
+        if still >= patience * (1 if self._owes_contribution(rank) else 2) and self.state is State.EXCHANGING:
+            return f"made no progress for {still:.1f} s"
+        return ""
+
+    def _owes(self, rank: Rank) -> bool:
+        match self.state:
+            case State.EXCHANGING:
+                return self._owes_contribution(rank) or self._owes_average(rank)
+            case State.AGREEING:
+                return rank not in self._holdings
+            case State.READY:
+                return rank not in self._ready
+            case State.COMMITTED | State.FAILED:
+                return False
+
+    def _owes_contribution(self, rank: Rank) -> bool:
+        return rank in self._contributors and any(
+            owner == self.rank and made == NOT_HELD and rank not in inbox
+            for owner, made, inbox in zip(self._owner, self._made_in, self._inbox, strict=True)
+        )
+
+    def _owes_average(self, rank: Rank) -> bool:
+        return any(
+            owner == rank and made == NOT_HELD for owner, made in zip(self._owner, self._made_in, strict=True)
+        )
+
+    # ---- views
+
+    def _accuse(self, rank: Rank, why: str) -> None:
+        """As `suspect`, from inside a job's end: carried out when the job is over."""
+        if rank in self._live and rank != self.rank and rank not in self._suspected:
+            self._suspected[rank] = why
+            self._accused.append(rank)
+
+    def _open_or_ask_for_view(self, rank: Rank, now: float) -> None:
+        speaker = next(r for r in self._live if r not in self._suspected)
+        why = self._suspected[rank]
+        if speaker != self.rank:
+            self._tell(speaker, Suspect(self.group.group_id, self._view, rank, why))
+            return
+        live = tuple(r for r in self._live if r not in self._suspected)
+        reasons = "; ".join(f"{self._name(r)} {why}" for r, why in self._suspected.items() if r in self._live)
+        view = View(self.group.group_id, self._view + 1, self.rank, live, reasons)
+        self._tell_live(view)
+        self._enter_view(view, now)
+
+    def _receive_view(self, view: View, sender: Rank, now: float) -> None:
+        if view.author != sender or sender not in view.live or not set(view.live) <= set(self._live):
+            if view.number > self._view:
+                raise RemoteProtocolError(f"{self._name(sender)} opened an impossible view")
+            return
+        if view.number > VIEWS_MAX:
+            raise RemoteProtocolError(f"{self._name(sender)} opened view {view.number}")
+        higher = view.number > self._view or (view.number == self._view and view.author < self._author)
+        if higher and self.state is not State.FAILED:
+            self._enter_view(view, now)
+
+    def _enter_view(self, view: View, now: float) -> None:
+        for rank in self._live:
+            if rank not in view.live:
+                self._dropped[rank] = self._suspected.get(rank) or view.why
+        self._view, self._author = view.number, view.author
+        self._live = tuple(sorted(view.live))
+        self._log(f"view {view.number}: {len(self._live)} of {len(self.group.members)} go on; {view.why}")
+        if self.state is State.COMMITTED:  # nothing to take back: say what we hold, for those who still need it
+            self._tell_live(Holdings(self.group.group_id, self._view, tuple(self._made_in)))
+            self._tell_live(Ready(self.group.group_id, self._view, self._digest))
+            return
+        if self.rank not in self._live:
+            self._become_failed(f"left out by {self._name(view.author)}: {view.why}")
+            return
+        self.state = State.AGREEING
+        self._ready.clear()
+        self._holdings.clear()
+        for queue in (*self._publish, *self._contribute):
+            queue.clear()
+        for beat in self._beats:
+            beat.restart(now)
+        self._holdings[self.rank] = tuple(self._made_in)
+        self._tell_live(Holdings(self.group.group_id, self._view, self._holdings[self.rank]))
+        self._replay_early(now)
+        self._assign_if_agreed(now)
+
+    def _assign_if_agreed(self, now: float) -> None:
+        """Every live member's holdings are known: all compute the same owners from them."""
+        if self.state is not State.AGREEING or any(rank not in self._holdings for rank in self._live):
+            return
+        if self._jobs:  # a job of the old view may still write into the result
+            return
+        mine = self._holdings[self.rank]
+        assert mine == tuple(self._made_in)
+        able = [rank for rank in self._live if self.group.members[rank].dialable]
+        if len(self._live) == 1 and self._missing:
+            self._become_failed("everybody else is gone")
+            return
+        if not able:
+            self._become_failed("nobody left can be dialled")
+            return
+        again: list[int] = []
+        self._encoded.clear()
+        for index in range(len(self._pieces)):
+            best = max(self._holdings[rank][index] for rank in self._live)
+            if best == NOT_HELD:
+                if self._owner[index] not in able:
+                    self._owner[index] = able[index % len(able)]
+                again.append(index)
+                continue
+            holders = [rank for rank in self._live if self._holdings[rank][index] == best]
+            self._owner[index] = server = holders[index % len(holders)]
+            if mine[index] != best and self._made_in[index] != NOT_HELD:
+                self._made_in[index] = NOT_HELD
+                self._missing += 1
+            if server == self.rank:
+                for rank in self._live:
+                    if rank not in holders:
+                        self._publish[rank].append(index)
+        if again and not any(rank in self._live for rank in self._contributors):
+            self._become_failed("nobody left has any weight")
+            return
+        self.state = State.EXCHANGING
+        for rank in self._live:
+            if self._publish[rank]:
+                self._emit(Sendable(self.group.group_id, rank))
+        self._queue_contributions(again)
+        for index in again:
+            self._reduce_if_complete(index)
+        self._replay_early(now)
+        self._become_ready_if_done(now)
+
+    def _replay_early(self, now: float) -> None:
+        waiting, self._early = self._early, deque(maxlen=self._early.maxlen)
+        for sender, item in waiting:
+            if sender not in self._live or self.finished:
+                continue
+            if isinstance(item, Chunk):
+                self.bytes_received -= len(item.payload)
+                self.chunk_received(item, sender, now)
+            else:
+                self.receive(item, sender, now)
+
+    # ---- small things
+
+    def _check_rank(self, rank: Rank) -> None:
+        if not 0 <= rank < len(self.group.members):
+            raise RemoteProtocolError(f"rank {rank} in a group of {len(self.group.members)}")
+
+    def _tell_live(self, message: ReductionMessage) -> None:
+        for rank in self._live:
+            if rank != self.rank:
+                self._tell(rank, message)
+
+    def _tell(self, rank: Rank, message: ReductionMessage) -> None:
+        member = self.group.members[rank]
+        self._emit(Send(member.peer, member.address if member.dialable else "", message))
+
+    def _name(self, rank: Rank) -> str:
+        return short(self.group.members[rank].peer)
+
+    def _because(self) -> str:
+        return f" ({self.why})" if self.why else ""
+
+    def _log(self, text: str) -> None:
+        self._emit(Log(f"round {self.group.k}.{self.group.j} {text}"))
+
+    def _emit(self, effect: Effect) -> None:
+        self._effects.append(effect)
+
+
+class Progress:
+    """What we know of a member's progress."""
+
+    def __init__(self, now: float) -> None:
+        self.heard_at = now
+        self.moved_at = now
+        self.slowest_chunk_s = 0.0
+        self._moved = 0
+        self._chunk_at: float | None = None
+
+    def heard(self, now: float) -> None:
+        self.heard_at = now
+
+    def moved(self, total: int, now: float) -> None:
+        if total > self._moved:
+            self._moved, self.moved_at = total, now
+
+    def chunk(self, now: float) -> None:
+        if self._chunk_at is not None:
+            self.slowest_chunk_s = max(self.slowest_chunk_s, now - self._chunk_at)
+        self._chunk_at = self.moved_at = now
+
+    def restart(self, now: float) -> None:
+        self.heard_at = self.moved_at = now
+        self._chunk_at = None
+
+
+# ---- jobs: pure, run wherever the driver likes
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """An average: its code for the others, the checksum of what the code decodes to."""
+
+    code: bytes
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spoilt:
+    """A contribution that cannot be averaged: which of those given, and why."""
+
+    position: int
+    why: str
+
+
+def scaled_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights as float32 multiples of a power of two not below their sum, so that no sum of values can overflow.
+
+    Dividing by a power of two instead of the sum itself is exact: equal and small integer weights stay exact, and lines
+    that carry the same weights split among more members still add up to the same bits.
+    """
+    total = float(np.sum(np.asarray(weights, np.float64)))
+    if total <= 0:
+        return tuple(0.0 for _ in weights)
+    scale = 2.0 ** -np.ceil(np.log2(total))
+    return tuple(float(np.float32(weight * scale)) for weight in weights)
+
+
+def reduce_chunk(
+    piece: Piece,
+    contributions: Sequence[tuple[int, float, bytes | memoryview | None]],
+    own: Floats,
+    output: Floats,
+    codec: Codec,
+) -> Reduced | Spoilt:
+    """The weighted mean of the contributions, written decoded to `output`.
+
+    `contributions`: (coordinate, scaled weight, code or None for one's own), by rank. Those that share a coordinate are
+    added up first: the cell they stand for then weighs the same bits whether one or two hold it. float64 is reduced in
+    float64, everything else in float32.
+    """
+    dtype = DTYPES[piece.dtype]
+    wide = np.float64 if dtype == np.float64 else np.float32
+    elements = piece.stop - piece.start
+    total: Floats | None = None
+    cell: Floats | None = None
+    present = 0.0
+    for position, (coordinate, weight, code) in enumerate(contributions):
+        try:
+            values = own if code is None else codec.decode(code, dtype, elements)
+        except RemoteProtocolError as wrong:
+            return Spoilt(position, str(wrong))
+        bad = None if code is None else first_non_finite(values)
+        if bad is not None:
+            return Spoilt(position, f"sent {values[bad]} for element {piece.start + bad}")
+        term = np.multiply(values, wide(weight), dtype=wide)
+        present += weight
+        cell = term if cell is None else np.add(cell, term, out=cell)
+        is_last_of_cell = position + 1 == len(contributions) or contributions[position + 1][0] != coordinate
+        if is_last_of_cell:
+            total = cell if total is None else np.add(total, cell, out=total)
+            cell = None
+    assert total is not None
+    np.divide(total, wide(present), out=total)
+    with np.errstate(over="ignore"):
+        average = total if total.dtype == dtype else total.astype(dtype)
+    code = codec.encode(average)
+    output[:] = codec.decode(code, dtype, elements)
+    return Reduced(code, zlib.crc32(output.view(np.uint8).data))
+
+
+def decode_average(piece: Piece, payload: bytes | memoryview, codec: Codec | None, output: Floats) -> int | str:
+    """Write an average to `output`; the checksum of the values, or why it is refused. `codec` None: sent decoded."""
+    elements = piece.stop - piece.start
+    if codec is None and len(payload) != output.nbytes:
+        return f"served chunk {piece.index} with {len(payload)} bytes instead of {output.nbytes}"
+    try:
+        values = np.frombuffer(payload, output.dtype) if codec is None else codec.decode(payload, output.dtype, elements)
+    except RemoteProtocolError as wrong:
+        return str(wrong)
+    bad = first_non_finite(values)
+    if bad is not None:
+        return f"sent an average with {values[bad]} at element {piece.start + bad}"
+    output[:] = values
+    return zlib.crc32(output.view(np.uint8).data)

@@ -1,0 +1,28 @@
+"""What the all-reduce asks of a codec."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from moshpitd.averaging.vector import Floats
+
+
+class Codec(Protocol):
+    """Turns a chunk into bytes and back. Decoding what was encoded is deterministic, bit for bit, on every machine."""
+
+    @property
+    def name(self) -> str: ...
+
+    def encode(self, values: Floats) -> bytes:
+        """`values`: one-dimensional, of any dtype in DTYPES."""
+        ...
+
+    def decode(self, payload: bytes | memoryview, dtype: np.dtype, elements: int) -> Floats:
+        """Values of `dtype`; may be a read-only view of the payload. Raises RemoteProtocolError on a wrong size."""
+        ...
+
+    def encoded_bytes(self, dtype: np.dtype, elements: int) -> int:
+        """The exact size of the code."""
+        ...

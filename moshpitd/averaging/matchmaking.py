@@ -1,0 +1,694 @@
+"""From a grid key to a Group: finds the members of one round's line.
+
+Knows candidates, leaders, joins, patience and grace. Does not know tensors, sockets, plans, or why the trainer asks.
+
+Candidates of a key are ordered by hash(key, peer id); the smallest live one leads. Everybody joins the first two at
+once; the leader closes the group when all who are expected are there, at the grace, or when the time is up.
+
+| state    | means                                                 | left by                                             |
+|----------|-------------------------------------------------------|-----------------------------------------------------|
+| KEEPING  | no trainer here yet; early joins are kept, even led   | seek() -> APPLYING or LEADING                       |
+| APPLYING | our join is out, nobody leads us yet                  | Kept by a leader -> WAITING; nobody left -> LEADING |
+| WAITING  | a leader keeps our join                               | Begin -> BOUND; the leader falls -> APPLYING        |
+| LEADING  | no live candidate is before us                        | everybody here, grace or time -> BOUND or ENDED     |
+| BOUND    | the group is closed and we are in it                  | (none; answers late joins)                          |
+| ENDED    | no group for us, `why` says why                       | (none; answers late joins)                          |
+
+One that is bound sends Bound to any other Begin of the key. Two groups for one key cannot be excluded, because views
+differ; nobody is ever in both, and receipts tell.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import assert_never
+
+from moshpitd.averaging.effects import Effect, Log, Send
+from moshpitd.averaging.errors import RemoteProtocolError
+from moshpitd.averaging.grid import Cell, leadership
+from moshpitd.averaging.messages import (
+    Absent,
+    Address,
+    Begin,
+    Begun,
+    Bound,
+    Closed,
+    Group,
+    Join,
+    Kept,
+    Leave,
+    MatchmakingMessage,
+    Member,
+    Message,
+    Redirect,
+    TooShort,
+)
+from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
+from moshpitd.averaging.partition import spans_of
+from moshpitd.averaging.vector import Layout
+
+APPLICANTS_MAX = 4096
+"""Joins kept for one key."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatchmakingConfig:
+    """How long to wait for whom."""
+
+    join_patience_s: float = 2.0
+    """A candidate that does not answer a join for so long is given up. Shorter finds the next leader sooner; longer
+    forgives a busy machine."""
+    patience_growth: float = 0.5
+    """Patience grows by this factor with each place in the order, so that those behind wait for those before."""
+    rejoin_s: float = 1.0
+    """A kept join is repeated this often: it heals a lost Begin, and shows that both are alive."""
+    late_window_s: float = 0.25
+    """Late arrivals are kept so long for a second group before they are told that the round is closed."""
+    begin_tries: int = 3
+    """How often Begin is sent to a member that does not acknowledge it, rejoin_s apart."""
+    rate_assumed_bytes_s: float = 1e9
+    """For the estimate of the data time while no rate was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One who could lead."""
+
+    peer: PeerId
+    address: Address
+
+
+@dataclass(frozen=True)
+class Round:
+    """Which round is matched, and where we stand in it."""
+
+    key: Key
+    k: int
+    j: int
+    axis: int
+    plan_version: int
+    plan: bytes
+    """First 8 bytes of the plan's digest."""
+    me: PeerId
+    incarnation: Incarnation
+    cell: Cell
+    layout: Layout
+    chunk_bytes: int
+
+
+class State(Enum):
+    KEEPING = "keeping"
+    APPLYING = "applying"
+    WAITING = "waiting"
+    LEADING = "leading"
+    BOUND = "bound"
+    ENDED = "ended"
+
+
+@dataclass(slots=True)
+class Application:
+    """A join that is kept here."""
+
+    member: Member
+    attempt: int
+    arrived_at: float
+    wait_until: float
+
+
+class Matchmaking:
+    """One daemon's part in finding the group of one key."""
+
+    def __init__(self, round_: Round, config: MatchmakingConfig, rng: random.Random) -> None:
+        self.round = round_
+        self.state = State.KEEPING
+        self.group: Group | None = None
+        """Ours, once BOUND."""
+        self.why = ""
+        """Why there is none, once ENDED."""
+        self.now_k: int | None = None
+        """What one that told us Closed goes by."""
+        self.declined: list[tuple[PeerId, str]] = []
+        """Members that answered our Begin with Bound; the owner takes them out."""
+        self._config = config
+        self._rng = rng
+        self._effects: list[Effect] = []
+        self._candidates: list[Candidate] = []
+        self._expected: tuple[PeerId, ...] = ()
+        self._grace_s: float | None = None
+        self._given_up: dict[PeerId, str] = {}
+        self._heard_leading: dict[PeerId, Address] = {}
+
+        self._applications: dict[PeerId, Application] = {}
+        self._parked: dict[PeerId, Join] = {}
+        self._first_arrival: float | None = None
+        self._closed_at: float | None = None
+        self._closed: list[Group] = []
+        """The groups closed here, ours or not."""
+        self._late: dict[PeerId, Application] = {}
+        self._late_until = 0.0
+        self._unacknowledged: dict[PeerId, int] = {}
+        self._next_begin = 0.0
+
+        self._mine: Member | None = None
+        self._wait_until = 0.0
+        self._attempt = 0
+        self._target: Candidate | None = None
+        self._standby: Candidate | None = None
+        self._patience_until = 0.0
+        self._next_join = 0.0
+        self._present = self._awaited = 0
+
+    # ---- commands
+
+    def update(self, candidates: list[Candidate], expected: tuple[PeerId, ...], grace_s: float | None, now: float) -> None:
+        """Who could lead (in any order, ourselves only if dialable), who is waited for, and how long after the first."""
+        self._candidates = sorted(candidates, key=lambda c: leadership(self.round.key, c.peer))
+        self._expected = expected
+        self._grace_s = grace_s
+        self._settle(now)
+
+    def seek(self, mine: Member, wait_s: float, now: float) -> None:
+        """Our trainer is here; it waits so long for this round."""
+        assert self.state is State.KEEPING
+        self._mine = mine
+        self._wait_until = now + wait_s
+        if self._closed:
+            self._become_ended(f"the group closed {now - (self._closed_at or now):.1f} s ago without us", now)
+            return
+        self.state = State.APPLYING
+        self._settle(now)
+
+    def give_up(self, why: str, now: float) -> None:
+        """Our trainer's time for this round is over."""
+        if self.state in (State.APPLYING, State.WAITING, State.LEADING):
+            self._become_ended(why, now)
+
+    # ---- inputs
+
+    def receive(self, message: MatchmakingMessage, sender: PeerId, now: float) -> None:
+        """A message of the sender proved by its channel. Raises RemoteProtocolError for nonsense."""
+        match message:
+            case Join():
+                self._receive_join(message, sender, now)
+            case Leave():
+                self._applications.pop(sender, None)
+                self._parked.pop(sender, None)
+                self._late.pop(sender, None)
+            case Kept():
+                self._receive_kept(message, sender, now)
+            case Redirect():
+                if message.attempt == self._attempt and self.state is State.APPLYING and self._is_asked(sender):
+                    self._follow(Candidate(message.leader, message.address), now)
+            case TooShort():
+                if message.attempt == self._attempt and self._is_seeking_with(sender):
+                    self._become_ended(
+                        f"{short(sender)} expects the data to take {message.needed_s:.1f} s, "
+                        f"our caller waits only {message.wait_s:.1f} s: give it a longer timeout",
+                        now,
+                    )
+            case Closed():
+                if message.attempt == self._attempt and self._is_seeking_with(sender):
+                    self.now_k = message.now_k
+                    self._become_ended(f"averaging {message.k} closed {message.closed_s_ago:.1f} s ago", now)
+            case Begin(group=group):
+                self._receive_begin(group, sender, now)
+            case Begun(group_id=group_id):
+                if any(group.group_id == group_id for group in self._closed):
+                    self._unacknowledged.pop(sender, None)
+            case Bound(group_id=group_id, why=why):
+                if self.group and self.group.group_id == group_id:
+                    self._unacknowledged.pop(sender, None)
+                    self.declined.append((sender, why))
+            case _:
+                assert_never(message)
+
+    def peer_lost(self, peer: PeerId, why: str, now: float) -> None:
+        """No channel to this peer, or its channel broke."""
+        self._applications.pop(peer, None)
+        self._parked.pop(peer, None)
+        self._late.pop(peer, None)
+        self._unacknowledged.pop(peer, None)
+        self._give_up_candidate(peer, why, now)
+
+    def handle_timer(self, now: float) -> None:
+        seeking = self.state in (State.APPLYING, State.WAITING, State.LEADING)
+        if seeking and now >= self._wait_until:
+            self._become_ended("time ran out in matchmaking", now)
+        elif self._target and self.state in (State.APPLYING, State.WAITING):
+            if now >= self._patience_until:
+                self._say(self._target, Leave(self.round.key, self._attempt))
+                self._give_up_candidate(self._target.peer, "did not answer", now)
+            elif now >= self._next_join:
+                self._send_join(self._target, now)
+        self._close_if_due(now)
+        self._close_late_if_due(now)
+        self._repeat_begin_if_due(now)
+
+    def next_deadline(self) -> float | None:
+        moments: list[float] = []
+        if self.state in (State.APPLYING, State.WAITING, State.LEADING):
+            moments.append(self._wait_until)
+        if self._target and self.state in (State.APPLYING, State.WAITING):
+            moments += [self._patience_until, self._next_join]
+        if self._leads() and self._applications and not self._closed:
+            moments.append(self._closing_at())
+        if self._late:
+            moments.append(self._late_until)
+        if self._unacknowledged:
+            moments.append(self._next_begin)
+        return min(moments, default=None)
+
+    def take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    # ---- what the owner reads
+
+    def waiting_for(self) -> str:
+        """In words, for the trainer."""
+        match self.state:
+            case State.LEADING:
+                missing = [short(peer) for peer in self._expected if peer not in self._applications]
+                here = len(self._applications)
+                return f"{here} of {here + len(missing)} of the group here, waiting for {', '.join(missing[:4]) or 'nobody'}"
+            case State.WAITING if self._target:
+                return f"{self._present} of {self._awaited} of the group here, {short(self._target.peer)} leads"
+            case State.APPLYING if self._target:
+                return f"asking {short(self._target.peer)} for the group"
+            case _:
+                return ""
+
+    # ---- seeking
+
+    def _settle(self, now: float) -> None:
+        """After anything that may change who leads: apply to the first candidate, or lead."""
+        if self._leads():
+            for peer, join in list(self._parked.items()):
+                del self._parked[peer]
+                self._admit(join, now)
+        if self.state is State.APPLYING and (self._target is None or self._target.peer in self._given_up):
+            self._apply_to_next(now)
+        self._close_if_due(now)
+
+    def _apply_to_next(self, now: float) -> None:
+        before = self._before_us()
+        if before:
+            self._apply(before[0], before[1] if len(before) > 1 else None, now)
+        elif self._is_candidate():
+            self._become_leading(now)
+        else:
+            self._become_ended("nobody in the group can be dialled", now)
+
+    def _apply(self, target: Candidate, standby: Candidate | None, now: float) -> None:
+        self._attempt += 1
+        self._target, self._standby = target, standby
+        place = len(self._given_up)
+        self._patience_until = now + self._config.join_patience_s * (1 + self._config.patience_growth * place)
+        self._send_join(target, now)
+        if standby:
+            self._send_join(standby, now)
+
+    def _follow(self, leader: Candidate, now: float) -> None:
+        if leader.peer == self.round.me or leader.peer in self._given_up:
+            return
+        if self._target is None or self._target.peer != leader.peer:
+            self._apply(leader, None, now)
+
+    def _send_join(self, to: Candidate, now: float) -> None:
+        assert self._mine is not None
+        self._next_join = now + self._config.rejoin_s
+        unreachable = tuple(c.peer for c in self._candidates if c.peer in self._given_up)
+        self._say(
+            to,
+            Join(
+                self.round.key,
+                self.round.plan_version,
+                self.round.plan,
+                self.round.k,
+                self.round.j,
+                self._attempt,
+                self._mine,
+                self.round.cell,
+                max(0.0, self._wait_until - now),
+                unreachable,
+                passed_on=False,
+            ),
+        )
+
+    def _receive_kept(self, kept: Kept, sender: PeerId, now: float) -> None:
+        if kept.attempt != self._attempt or self._target is None or not self._is_asked(sender):
+            return
+        if kept.leading and self.state is State.APPLYING:
+            # The first two were asked together: whoever leads, the other is left.
+            for asked in (self._target, self._standby):
+                if asked and asked.peer != sender:
+                    self._say(asked, Leave(self.round.key, self._attempt))
+            if self._standby and self._standby.peer == sender:
+                self._target = self._standby
+            self._standby = None
+            self.state = State.WAITING
+            self._heard_leading[sender] = self._target.address
+            self._log(f"waiting: {short(sender)} leads")
+            for peer, join in list(self._parked.items()):
+                del self._parked[peer]
+                self._answer(join, Redirect(self.round.key, join.attempt, sender, self._target.address))
+        if sender == self._target.peer:
+            self._present, self._awaited = kept.present, kept.expected
+            self._patience_until = now + max(kept.patience_s, self._config.rejoin_s + self._config.join_patience_s)
+
+    def _give_up_candidate(self, peer: PeerId, why: str, now: float) -> None:
+        self._heard_leading.pop(peer, None)
+        if peer in self._given_up:
+            return
+        self._given_up[peer] = why
+        if self._standby and self._standby.peer == peer:
+            self._standby = None
+        if self._target and self._target.peer == peer:
+            self._target = None
+            if self.state in (State.APPLYING, State.WAITING):
+                self._log(f"gives up {short(peer)}: {why}")
+                if self._standby:
+                    self._say(self._standby, Leave(self.round.key, self._attempt))
+                self.state = State.APPLYING
+        self._settle(now)
+
+    def _receive_begin(self, group: Group, sender: PeerId, now: float) -> None:
+        rank = group.rank_of(self.round.me)
+        if (
+            rank is None
+            or group.rank_of(sender) is None
+            and sender != group.leader
+            or group.members[rank].incarnation != self.round.incarnation
+            or (group.k, group.j, group.axis) != (self.round.k, self.round.j, self.round.axis)
+            or not is_sound(group, self.round.layout)
+        ):
+            raise RemoteProtocolError(f"{short(sender)} began an impossible group")
+        leader = self._address_of(sender)
+        if self.group is not None and self.group.group_id == group.group_id:
+            self._say(leader, Begun(self.round.key, group.group_id))
+        elif self.state in (State.APPLYING, State.WAITING, State.LEADING):
+            self._say(leader, Begun(self.round.key, group.group_id))
+            for asked in (self._target, self._standby):
+                if asked and asked.peer not in (sender, group.leader):
+                    self._say(asked, Leave(self.round.key, self._attempt))
+            self._become_bound(group, now)
+        else:
+            why = "in another group" if self.group else self.why or "its trainer is not here"
+            self._say(leader, Bound(self.round.key, group.group_id, why))
+
+    # ---- leading
+
+    def _receive_join(self, join: Join, sender: PeerId, now: float) -> None:
+        applicant = join.applicant.peer
+        if (sender != applicant) != join.passed_on or applicant == self.round.me:
+            raise RemoteProtocolError(f"{short(sender)} sent a join of {short(applicant)}")
+        if self._closed or self.group or (self.state is State.ENDED and self._closed_at is not None):
+            self._answer_late(join, now)
+        elif self._leads():
+            self._admit(join, now)
+        else:
+            self._send_on(join, now)
+
+    def _send_on(self, join: Join, now: float) -> None:
+        """Somebody before us may lead: say who, or keep the join until we know."""
+        first = self._before_us()[0] if self._before_us() else None
+        leader = first if first and first.peer in self._heard_leading else None
+        if self.state is State.WAITING and self._target:
+            leader = self._target
+        if len(self._parked) >= APPLICANTS_MAX:
+            return
+        if leader and leader.peer not in join.unreachable:
+            self._answer(join, Redirect(self.round.key, join.attempt, leader.peer, leader.address))
+            return
+        if join.passed_on:
+            return  # one hop only
+        self._parked[join.applicant.peer] = join
+        if first and first.peer in join.unreachable:
+            self._say(first, replace(join, passed_on=True))
+        patience = max(self._patience_until - now, 0) if self._target else 0.0
+        self._answer(
+            join,
+            Kept(
+                self.round.key,
+                join.attempt,
+                leading=False,
+                patience_s=patience or self._config.join_patience_s,
+                present=len(self._parked),
+                expected=len(self._expected),
+            ),
+        )
+
+    def _admit(self, join: Join, now: float) -> None:
+        needed = self._data_time_s(join.applicant)
+        if join.wait_s < needed:
+            self._answer(join, TooShort(self.round.key, join.attempt, join.wait_s, needed))
+            return
+        if len(self._applications) >= APPLICANTS_MAX:
+            return
+        self._file(join.applicant, join.attempt, join.wait_s, now)
+        self._answer(join, self._kept(join.attempt))
+        self._close_if_due(now)
+
+    def _file(self, member: Member, attempt: int, wait_s: float, now: float) -> None:
+        known = self._applications.get(member.peer)
+        if known and known.member.incarnation == member.incarnation:
+            known.attempt, known.wait_until, known.member = attempt, now + wait_s, member
+            return
+        self._applications[member.peer] = Application(member, attempt, now, now + wait_s)
+        if self._first_arrival is None:
+            self._first_arrival = now
+
+    def _kept(self, attempt: int) -> Kept:
+        here = len(self._applications)
+        missing = sum(1 for peer in self._expected if peer not in self._applications)
+        patience = self._config.rejoin_s + self._config.join_patience_s
+        return Kept(self.round.key, attempt, leading=True, patience_s=patience, present=here, expected=here + missing)
+
+    def _closing_at(self) -> float:
+        """When the group closes at the latest, as things stand."""
+        assert self._first_arrival is not None
+        latest = min(a.wait_until - self._data_time_s(a.member) for a in self._applications.values())
+        if self._grace_s is None:  # nobody knows yet how far apart trainers arrive
+            return self._first_arrival + max(0.0, latest - self._first_arrival) / 2
+        return min(latest, self._first_arrival + self._grace_s)
+
+    def _close_if_due(self, now: float) -> None:
+        if self._closed or self.group or not self._applications or not self._leads():
+            return
+        missing = [peer for peer in self._expected if peer not in self._applications]
+        if missing and now < self._closing_at():
+            return
+        absent = tuple(Absent(peer, "was expected but did not come in time") for peer in missing)
+        applications = sorted(self._applications.values(), key=lambda a: (a.arrived_at, a.member.peer))
+        self._close(applications, absent, now)
+        self._applications.clear()
+
+    def _close(self, applications: list[Application], absent: tuple[Absent, ...], now: float) -> None:
+        self._closed_at = now
+        members = sorted((a.member for a in applications), key=lambda m: (m.coordinate, m.peer))
+        if len(members) < 2 or not any(member.dialable for member in members):
+            why = "nobody else came" if len(members) < 2 else "nobody in the group can be dialled"
+            self._turn_away(applications, why, now)
+            return
+        first = applications[0].arrived_at
+        group = Group(
+            group_id=GroupId(self._rng.randbytes(16)),
+            token=self._rng.randbytes(16),
+            key=self.round.key,
+            k=self.round.k,
+            j=self.round.j,
+            axis=self.round.axis,
+            leader=self.round.me,
+            members=tuple(members),
+            spans=spans_of(self.round.layout, members),
+            chunk_bytes=self.round.chunk_bytes,
+            budget_s=min(a.wait_until for a in applications) - now,
+            absent=absent,
+            arrival_offsets_s=tuple(a.arrived_at - first for a in applications),
+        )
+        self._closed.append(group)
+        self._log(f"closed a group of {len(members)}" + (f", {len(absent)} expected did not come" if absent else ""))
+        for member in members:
+            if member.peer != self.round.me:
+                self._unacknowledged[member.peer] = 1
+                self._say(Candidate(member.peer, member.address), Begin(group))
+        self._next_begin = now + self._config.rejoin_s
+        if group.rank_of(self.round.me) is not None:
+            self._become_bound(group, now)
+
+    def _turn_away(self, applications: list[Application], why: str, now: float) -> None:
+        """Too few for a group: each ends alone."""
+        for application in applications:
+            if application.member.peer == self.round.me:
+                self._become_ended(why, now)
+            else:
+                to = Candidate(application.member.peer, application.member.address)
+                self._say(to, Closed(self.round.key, application.attempt, self.round.k, self.round.j, 0.0, self.round.k))
+
+    def _answer_late(self, join: Join, now: float) -> None:
+        for group in (self.group, *self._closed):
+            if group is None:
+                continue
+            rank = group.rank_of(join.applicant.peer)
+            if rank is not None and group.members[rank].incarnation == join.applicant.incarnation:
+                self._answer(join, Begin(group))
+                return
+        if self._closed and len(self._late) < APPLICANTS_MAX:
+            if not self._late:
+                self._late_until = now + self._config.late_window_s
+            self._late[join.applicant.peer] = Application(join.applicant, join.attempt, now, now + join.wait_s)
+            self._answer(join, self._kept(join.attempt))
+            return
+        self._answer(join, self._closed_answer(join.attempt, now))
+
+    def _close_late_if_due(self, now: float) -> None:
+        """Late arrivals under the key get a second group among themselves; a single one is told that it is late."""
+        if not self._late or now < self._late_until:
+            return
+        late = sorted(self._late.values(), key=lambda a: (a.arrived_at, a.member.peer))
+        self._late.clear()
+        if len(late) > 1 and any(a.member.dialable for a in late):
+            closed_at = self._closed_at
+            self._close(late, (), now)
+            self._closed_at = closed_at
+            return
+        for application in late:
+            to = Candidate(application.member.peer, application.member.address)
+            self._say(to, self._closed_answer(application.attempt, now))
+
+    def _closed_answer(self, attempt: int, now: float) -> Closed:
+        since = now - (self._closed_at if self._closed_at is not None else now)
+        return Closed(self.round.key, attempt, self.round.k, self.round.j, since, self.round.k + 1)
+
+    def _repeat_begin_if_due(self, now: float) -> None:
+        if not self._unacknowledged or now < self._next_begin:
+            return
+        self._next_begin = now + self._config.rejoin_s
+        for peer, tries in list(self._unacknowledged.items()):
+            if tries >= self._config.begin_tries:
+                del self._unacknowledged[peer]
+                continue
+            self._unacknowledged[peer] = tries + 1
+            for group in self._closed:
+                rank = group.rank_of(peer)
+                if rank is not None:
+                    self._say(Candidate(peer, group.members[rank].address), Begin(group))
+
+    # ---- transitions
+
+    def _become_leading(self, now: float) -> None:
+        assert self.state is State.APPLYING
+        assert self._mine is not None
+        self.state = State.LEADING
+        self._target = self._standby = None
+        self._log("leads")
+        self._file(self._mine, 0, max(0.0, self._wait_until - now), now)
+        self._settle(now)
+
+    def _become_bound(self, group: Group, now: float) -> None:
+        assert self.state in (State.APPLYING, State.WAITING, State.LEADING)
+        self.state = State.BOUND
+        self.group = group
+        self._closed_at = now if self._closed_at is None else self._closed_at
+        self._target = self._standby = None
+        self._part_with_applicants(now)
+
+    def _become_ended(self, why: str, now: float) -> None:
+        assert self.state in (State.KEEPING, State.APPLYING, State.WAITING, State.LEADING)
+        for asked in (self._target, self._standby):
+            if asked:
+                self._say(asked, Leave(self.round.key, self._attempt))
+        self.state = State.ENDED
+        self.why = why
+        self._target = self._standby = None
+        self._applications.pop(self.round.me, None)
+        self._log(f"ended: {why}")
+        if not self._closed and self._applications:
+            self._close_if_due(now)
+
+    def _part_with_applicants(self, now: float) -> None:
+        """We lead nobody any more: those still kept here look elsewhere."""
+        if self._closed:
+            return
+        for application in self._applications.values():
+            if application.member.peer != self.round.me:
+                to = Candidate(application.member.peer, application.member.address)
+                self._say(to, self._closed_answer(application.attempt, now))
+        self._applications.clear()
+        for join in self._parked.values():
+            self._answer_late(join, now)
+        self._parked.clear()
+
+    # ---- small things
+
+    def _is_candidate(self) -> bool:
+        return any(candidate.peer == self.round.me for candidate in self._candidates)
+
+    def _before_us(self) -> list[Candidate]:
+        """Live candidates before ourselves."""
+        mine = leadership(self.round.key, self.round.me) if self._is_candidate() else b"\xff" * 33
+        return [
+            candidate
+            for candidate in self._candidates
+            if candidate.peer not in self._given_up and leadership(self.round.key, candidate.peer) < mine
+        ]
+
+    def _leads(self) -> bool:
+        return self._is_candidate() and self.state is not State.WAITING and not self._before_us()
+
+    def _is_asked(self, peer: PeerId) -> bool:
+        return any(asked is not None and asked.peer == peer for asked in (self._target, self._standby))
+
+    def _is_seeking_with(self, peer: PeerId) -> bool:
+        return self.state in (State.APPLYING, State.WAITING) and self._is_asked(peer)
+
+    def _data_time_s(self, member: Member) -> float:
+        """What the data of a round should take this member: twice the vector over its slower direction."""
+        known = min(member.up_bytes_s, member.down_bytes_s)
+        return 2 * self.round.layout.byte_size / (known or self._config.rate_assumed_bytes_s)
+
+    def _address_of(self, peer: PeerId) -> Candidate:
+        known = next((c for c in (self._target, self._standby, *self._candidates) if c and c.peer == peer), None)
+        return known or Candidate(peer, Address(""))
+
+    def _answer(self, join: Join, message: Message) -> None:
+        self._say(Candidate(join.applicant.peer, join.applicant.address), message)
+
+    def _say(self, to: Candidate, message: Message) -> None:
+        self._effects.append(Send(to.peer, to.address, message))
+
+    def _log(self, text: str) -> None:
+        self._effects.append(Log(f"round {self.round.k}.{self.round.j} matching: {text}"))
+
+
+def is_sound(group: Group, layout: Layout) -> bool:
+    """Whether a group from outside hangs together: ordered members, spans that cover the vector, a sane budget."""
+    order = [(member.coordinate, member.peer) for member in group.members]
+    return (
+        len(group.members) >= 2
+        and order == sorted(set(order))
+        and len({member.peer for member in group.members}) == len(group.members)
+        and all(member.weight >= 0 for member in group.members)
+        and len(group.spans) == len(group.members) + 1
+        and group.spans[0] == 0
+        and group.spans[-1] == layout.elements
+        and list(group.spans) == sorted(group.spans)
+        and all(
+            group.members[rank].dialable or group.spans[rank] == group.spans[rank + 1] for rank in range(len(group.members))
+        )
+        and 0 < group.budget_s < float("inf")
+        and 4096 <= group.chunk_bytes <= 4 << 20
+    )
+
+
+def grace_from(offsets_s: list[float], *, factor: float, floor_s: float) -> float:
+    """How long after the first arrival a group stays open: median + factor * MAD of earlier arrivals, at least floor."""
+    ordered = sorted(offsets_s)
+    median = ordered[len(ordered) // 2]
+    deviations = sorted(abs(offset - median) for offset in ordered)
+    return max(floor_s, median + factor * deviations[len(deviations) // 2])
+
+
+__all__ = ["Candidate", "Matchmaking", "MatchmakingConfig", "Rank", "Round", "State", "grace_from", "is_sound"]

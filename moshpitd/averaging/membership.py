@@ -1,0 +1,378 @@
+"""Who is there: leases, suspects, plans, cells. What a session believes of its swarm, and what follows from it.
+
+Knows records and their age, which plan counts, who stands where, who is expected, whose turn it is to decide. Does not
+know rounds, groups or the trainer. Every answer is a function of what was seen; nothing here is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from moshpitd.averaging.grid import (
+    FIRST_K_LEAD,
+    Cell,
+    Loads,
+    Plan,
+    Terms,
+    choose_sides,
+    decider,
+    format_sides,
+    line_of,
+    new_plan_due,
+    parse_sides,
+)
+from moshpitd.averaging.matchmaking import Candidate
+from moshpitd.averaging.messages import Lease, PlanNotice, Sighting
+from moshpitd.averaging.names import Incarnation, PeerId, digest
+
+MISSES_MAX = 2
+"""Who was expected and missing in this many averagings running is not expected any more."""
+BEHIND_MAX = 8
+"""Nor is one whose own count is so far behind."""
+PLANS_KEPT = 4
+LEASES_MAX = 8192
+
+
+class Credentials(Protocol):
+    """Signs for ourselves and checks others; handed in, so that the rooms stay free of keys."""
+
+    def sign_plan(self, body: bytes) -> tuple[bytes, bytes]:
+        """(public key, signature)"""
+        ...
+
+    def plan_is_genuine(self, signer: PeerId, body: bytes, public_key: bytes, signature: bytes) -> bool: ...
+
+
+@dataclass(slots=True)
+class Known:
+    """The newest lease of one peer."""
+
+    lease: Lease
+    incarnation: Incarnation
+    sequence: int
+    expires_at: float
+    opened_at: float
+    """By our own clock."""
+    misses: int = 0
+
+
+class Membership:
+    """The swarm as one session sees it. `me` is never among the others."""
+
+    def __init__(
+        self,
+        me: PeerId,
+        terms: Terms,
+        *,
+        pin: str,
+        group_size_max: int,
+        min_peers: int,
+        credentials: Credentials,
+        now: float,
+    ) -> None:
+        self._me = me
+        self._terms = terms
+        self._pin = pin
+        self._limit = group_size_max
+        self._min_peers = min_peers
+        self._credentials = credentials
+        self._opened_at = now
+        self._known: dict[PeerId, Known] = {}
+        self._suspects: dict[PeerId, tuple[Incarnation, int]] = {}
+        self._plans: list[PlanNotice] = []
+        self._claim: tuple[bytes, Cell, int] | None = None
+        """Plan digest, cell, first k: our own place as a joiner."""
+
+    # ---- inputs
+
+    def sighted(self, sighting: Sighting, now: float) -> None:
+        """A verified lease of another session under our session key."""
+        lease = sighting.record
+        if sighting.peer == self._me or not isinstance(lease, Lease):
+            return
+        known = self._known.get(sighting.peer)
+        stamp = (sighting.incarnation, sighting.sequence)
+        if known and sighting.sequence <= known.sequence:
+            return
+        if self._suspects.get(sighting.peer) not in (None, stamp):
+            del self._suspects[sighting.peer]
+        if known is None and len(self._known) >= LEASES_MAX:
+            return
+        self._known[sighting.peer] = Known(
+            lease,
+            sighting.incarnation,
+            sighting.sequence,
+            now + sighting.ttl_s,
+            now - lease.open_s,
+            known.misses if known and known.lease.last_k >= lease.last_k else 0,
+        )
+
+    def expire(self, now: float) -> None:
+        for peer in [peer for peer, known in self._known.items() if known.expires_at <= now]:
+            del self._known[peer]
+            self._suspects.pop(peer, None)
+
+    def suspect(self, peer: PeerId) -> None:
+        """It did not answer: not expected and no leader until a newer record of it is seen."""
+        if known := self._known.get(peer):
+            self._suspects[peer] = (known.incarnation, known.sequence)
+
+    def heard(self, peer: PeerId) -> None:
+        """It spoke to us over a proved channel: whatever we suspected, it is there."""
+        self._suspects.pop(peer, None)
+
+    def took_part(self, peer: PeerId, k: int) -> None:
+        """We met it in averaging k."""
+        if known := self._known.get(peer):
+            known.misses = 0
+            lease = known.lease
+            known.lease = replace(lease, last_k=max(lease.last_k, k), k=max(lease.k, k))
+
+    def missed(self, peer: PeerId) -> None:
+        """It was expected and did not come."""
+        if known := self._known.get(peer):
+            known.misses += 1
+
+    def left(self, peer: PeerId) -> None:
+        """It said farewell. Its record may still be around: a newer one is needed to believe in it again."""
+        self.suspect(peer)
+        if known := self._known.get(peer):
+            known.misses = MISSES_MAX
+
+    # ---- who is there
+
+    def others(self) -> dict[PeerId, Known]:
+        """Live, unsuspected sessions with our terms."""
+        return {
+            peer: known
+            for peer, known in self._known.items()
+            if known.lease.terms == self._terms.digest and peer not in self._suspects
+        }
+
+    def everyone(self) -> dict[PeerId, Known]:
+        """All known sessions of this name, whatever their terms."""
+        return dict(self._known)
+
+    def is_suspect(self, peer: PeerId) -> bool:
+        return peer in self._suspects
+
+    def live_count(self) -> int:
+        return 1 + len(self.others())
+
+    def address_of(self, peer: PeerId) -> str:
+        known = self._known.get(peer)
+        return known.lease.address if known and known.lease.dialable else ""
+
+    def majority_against_us(self) -> PeerId | None:
+        """Somebody whose terms most live sessions share, when ours are not among them; the later joiner loses a tie."""
+        camps = Counter(known.lease.terms for peer, known in self._known.items() if peer not in self._suspects)
+        ours = camps.pop(self._terms.digest, 0) + 1
+        if not camps or max(camps.values()) < ours:
+            return None
+        largest = max(camps.values())
+        camp = min(terms for terms, count in camps.items() if count == largest)
+        theirs = {peer: known for peer, known in self._known.items() if known.lease.terms == camp}
+        spokesman = min(theirs, key=lambda peer: digest("spokesman", peer, self._me))
+        if largest > ours:
+            return spokesman
+        allies = [known.opened_at for known in self.others().values()]
+        we_are_later = min([self._opened_at, *allies]) >= min(known.opened_at for known in theirs.values())
+        return spokesman if we_are_later else None
+
+    # ---- counting
+
+    def current_k(self) -> int:
+        """The largest k that two live sessions hold; that of the only one; 0 when nobody is there."""
+        held = sorted((known.lease.k for known in self.others().values()), reverse=True)
+        return held[min(1, len(held) - 1)] if held else 0
+
+    def has_history(self) -> bool:
+        """Whether somebody else took part in an averaging already."""
+        return any(known.lease.last_k >= 0 for known in self.others().values())
+
+    # ---- plans
+
+    def newest_plan(self) -> PlanNotice | None:
+        return self._plans[-1] if self._plans else None
+
+    def plan_for(self, k: int) -> Plan | None:
+        """The plan in force for averaging k."""
+        due = [notice.plan for notice in self._plans if notice.plan.first_k <= k]
+        return due[-1] if due else None
+
+    def plan_with(self, prefix: bytes) -> Plan | None:
+        return next((notice.plan for notice in self._plans if notice.plan.digest[:8] == prefix), None)
+
+    def adopt(self, notice: PlanNotice) -> bool:
+        """Take a plan from outside; False when it is not newer, or not to be taken seriously."""
+        plan = notice.plan
+        newest = self.newest_plan()
+        if plan.terms != self._terms.digest or not plan.is_well_formed():
+            return False
+        if newest and plan.precedence <= newest.plan.precedence:
+            return False
+        if not self._credentials.plan_is_genuine(plan.signer, plan.body, notice.public_key, notice.signature):
+            return False
+        # Of two plans of one version, and of two that would begin at once, only the newer one is ever in force.
+        kept = [n for n in self._plans if n.plan.version < plan.version and n.plan.first_k < plan.first_k]
+        self._plans = [*kept[-PLANS_KEPT:], notice]
+        return True
+
+    def unknown_plan_holder(self) -> PeerId | None:
+        """Somebody who announces a plan newer than ours."""
+        version = self._plans[-1].plan.version if self._plans else 0
+        newer = {peer: k.lease.plan_version for peer, k in self.others().items() if k.lease.plan_version > version}
+        return min(newer, key=lambda peer: (-newer[peer], peer), default=None)
+
+    def next_decider(self) -> PeerId:
+        version = self._plans[-1].plan.version if self._plans else 0
+        return decider(version + 1, [self._me, *self.others()])
+
+    def make_plan_if_due(self, k: int) -> PlanNotice | None:
+        """A new plan when one is needed and it is ours to make. `k`: the averaging we are in or take part in next."""
+        newest = self.newest_plan()
+        if self.next_decider() != self._me or self.unknown_plan_holder() is not None:
+            return None
+        others = self.others()
+        roster = tuple(sorted([self._me, *others]))
+        pin = self._pin_in_force()
+        if newest is None:
+            if len(roster) < max(2, self.sessions_needed()):
+                return None
+        else:
+            held = [cell for cell in self._cells_held(newest.plan).values()]
+            if newest.plan.first_k > k or not new_plan_due(newest.plan, held, self._limit, pinned=bool(pin)):
+                return None
+        sides = parse_sides(pin) if pin else choose_sides(len(roster), self._limit)
+        if math.prod(sides) > len(roster) or (newest and newest.plan.sides == sides and set(newest.plan.roster) == set(roster)):
+            return None
+        current = max([k, *(known.lease.k for known in others.values())])
+        plan = Plan(
+            version=newest.plan.version + 1 if newest else 1,
+            sides=sides,
+            terms=self._terms.digest,
+            first_k=current + FIRST_K_LEAD if newest or self.has_history() else 0,
+            roster=roster,
+            signer=self._me,
+        )
+        public_key, signature = self._credentials.sign_plan(plan.body)
+        notice = PlanNotice(plan, public_key, signature)
+        adopted = self.adopt(notice)
+        assert adopted
+        return notice
+
+    def sessions_needed(self) -> int:
+        """How many sessions must be there before there can be a first plan."""
+        pin = self._pin_in_force()
+        return max(self._min_peers, math.prod(parse_sides(pin)) if pin else 1)
+
+    def pin_conflict(self) -> str | None:
+        """In words, when our daemon's pinned grid is not the one most others are pinned to."""
+        in_force = self._pin_in_force()
+        if self._pin and in_force != self._pin:
+            return f"this daemon is pinned to --grid {self._pin}, but most of the swarm to {in_force}"
+        return None
+
+    def _pin_in_force(self) -> str:
+        pins = Counter(known.lease.pin for known in self.others().values() if known.lease.pin)
+        if self._pin:
+            pins[self._pin] += 1
+        valid = [pin for pin in pins if _is_grid(pin)]
+        return min(valid, key=lambda pin: (-pins[pin], pin), default="")
+
+    # ---- cells
+
+    def cell(self, plan: Plan, k: int) -> Cell:
+        """Our own cell: by the plan's roster, else claimed as a joiner where the grid is emptiest."""
+        if self._me in plan.cells:
+            return plan.cells[self._me]
+        if self._claim is None or self._claim[0] != plan.digest or self._claim_is_lost(plan):
+            held = self._cells_held(plan, without_us=True)
+            cell = Loads(plan.sides, held.values()).emptiest(digest("claim", plan.digest, self._me))
+            self._claim = (plan.digest, cell, k)
+        return self._claim[1]
+
+    def claim(self) -> tuple[Cell, int]:
+        """What our lease says of it."""
+        newest = self.newest_plan()
+        if self._claim is None or newest is None or self._claim[0] != newest.plan.digest:
+            return (), 0
+        return self._claim[1], self._claim[2]
+
+    def _claim_is_lost(self, plan: Plan) -> bool:
+        """Another joiner claimed our cell before us, and there is an emptier one."""
+        assert self._claim is not None
+        _, mine, since = self._claim
+        rivals = [
+            (known.lease.claim_k, digest("claim", plan.digest, peer))
+            for peer, known in self.others().items()
+            if known.lease.claim == mine and known.lease.plan == plan.digest[:8] and peer not in plan.cells
+        ]
+        if not rivals or min(rivals) > (since, digest("claim", plan.digest, self._me)):
+            return False
+        loads = Loads(plan.sides, self._cells_held(plan, without_us=True).values())
+        return loads.holders(loads.emptiest(b"")) < loads.holders(mine)
+
+    def cell_of(self, peer: PeerId, plan: Plan) -> Cell | None:
+        """Where another session stands under the plan; None while it has no cell."""
+        if peer in plan.cells:
+            return plan.cells[peer]
+        known = self._known.get(peer)
+        if known and known.lease.plan == plan.digest[:8] and _fits(known.lease.claim, plan.sides):
+            return known.lease.claim
+        return None
+
+    def _cells_held(self, plan: Plan, *, without_us: bool = False) -> dict[PeerId, Cell]:
+        held = {peer: cell for peer in self.others() if (cell := self.cell_of(peer, plan)) is not None}
+        if not without_us and self._me in plan.cells:
+            held[self._me] = plan.cells[self._me]
+        elif not without_us and self._claim and self._claim[0] == plan.digest:
+            held[self._me] = self._claim[1]
+        return held
+
+    # ---- lines
+
+    def line(self, plan: Plan, axis: int, cell: Cell) -> dict[PeerId, Known]:
+        """The other live sessions on this cell's line."""
+        wanted = line_of(cell, axis)
+        return {
+            peer: known
+            for peer, known in self.others().items()
+            if (theirs := self.cell_of(peer, plan)) is not None and line_of(theirs, axis) == wanted
+        }
+
+    def candidates(self, line: dict[PeerId, Known]) -> list[Candidate]:
+        return [Candidate(peer, known.lease.address) for peer, known in line.items() if known.lease.dialable]
+
+    def expected(self, line: dict[PeerId, Known], k: int) -> tuple[PeerId, ...]:
+        """Who of the line is waited for: everybody who takes part regularly; at the very first, everybody."""
+        first = not self.has_history()
+        return tuple(
+            sorted(
+                peer
+                for peer, known in line.items()
+                if known.misses < MISSES_MAX
+                and (first or (known.lease.last_k >= 0 and known.lease.last_k + 2 >= known.lease.k >= k - BEHIND_MAX))
+            )
+        )
+
+
+def _fits(cell: Cell, sides: tuple[int, ...]) -> bool:
+    return len(cell) == len(sides) and all(0 <= c < side for c, side in zip(cell, sides, strict=True))
+
+
+def _is_grid(text: str) -> bool:
+    try:
+        parse_sides(text)
+    except ValueError:
+        return False
+    return True
+
+
+def pin_of(sides: Iterable[int] | None) -> str:
+    """How a lease spells a pinned grid; empty for auto."""
+    return format_sides(tuple(sides)) if sides else ""

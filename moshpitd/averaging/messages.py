@@ -1,0 +1,344 @@
+"""What peers tell each other, and what they announce.
+
+Frozen data only; the doors translate each to its wire. A message never names its sender: the channel proves it.
+Durations are in seconds from the moment of sending; no message carries a moment of time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NewType
+
+from moshpitd.averaging.grid import Cell, Plan, Terms
+from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank
+from moshpitd.averaging.vector import TensorSpec
+
+Address = NewType("Address", str)
+"""HOST:PORT where a daemon's gRPC listens; empty for one that nobody can dial."""
+
+
+# ---- what is announced in the directory
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A session says that it is there. Announced under the session key."""
+
+    terms: bytes
+    """Digest of the terms."""
+    address: Address
+    dialable: bool
+    k: int
+    """The averaging it is in or takes part in next."""
+    last_k: int
+    """The last averaging it took part in; -1: none yet (a newcomer)."""
+    plan_version: int
+    """Of the newest plan it knows; 0: none."""
+    plan: bytes
+    """First 8 bytes of that plan's digest."""
+    claim: Cell
+    """A joiner's cell under that plan; empty for members of the plan's roster."""
+    claim_k: int
+    """The averaging from which the claim holds: of two claims the older one wins."""
+    pin: str
+    """The grid its daemon was told to use, "2x4"; empty for auto."""
+    group_size_max: int
+    up_bytes_s: float
+    """Measured rates of its link; 0: not known."""
+    down_bytes_s: float
+    open_s: float
+    """How long the session has been open: of two that disagree the later one is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """A session will be at a round. Announced under the round's grid key."""
+
+    address: Address
+    dialable: bool
+    coordinate: int
+
+
+Record = Lease | Presence
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """One verified record of a roster, as a directory door hands it up."""
+
+    peer: PeerId
+    incarnation: Incarnation
+    sequence: int
+    """Of two records of one peer the higher one counts."""
+    ttl_s: float
+    """What is left of it."""
+    record: Record
+
+
+# ---- groups
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One member of a line, as it applied."""
+
+    peer: PeerId
+    incarnation: Incarnation
+    coordinate: int
+    """On the round's axis."""
+    weight: float
+    address: Address
+    dialable: bool
+    up_bytes_s: float = 0.0
+    down_bytes_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Somebody who was expected and is not in the group."""
+
+    peer: PeerId
+    why: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """All that passes from matchmaking to the all-reduce: who, how, until when."""
+
+    group_id: GroupId
+    token: bytes
+    """128 random bits, known to members only."""
+    key: Key
+    k: int
+    j: int
+    axis: int
+    leader: PeerId
+    members: tuple[Member, ...]
+    """By rank: sorted by coordinate, then peer id."""
+    spans: tuple[int, ...]
+    """Element boundaries: rank r reduces [spans[r], spans[r+1])."""
+    chunk_bytes: int
+    budget_s: float
+    """What the most hurried member's caller still has."""
+    absent: tuple[Absent, ...]
+    arrival_offsets_s: tuple[float, ...]
+    """How long after the first arrival each of the members came: everybody learns the same grace from it."""
+
+    def rank_of(self, peer: PeerId) -> Rank | None:
+        for rank, member in enumerate(self.members):
+            if member.peer == peer:
+                return Rank(rank)
+        return None
+
+
+# ---- matchmaking
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Let me into the group of this key. Repeated while waiting; the same attempt is the same join."""
+
+    key: Key
+    plan_version: int
+    plan: bytes
+    """First 8 bytes of the plan's digest."""
+    k: int
+    j: int
+    attempt: int
+    applicant: Member
+    cell: Cell
+    wait_s: float
+    """How long the applicant's caller will still wait for this round."""
+    unreachable: tuple[PeerId, ...]
+    """Candidates before the receiver that the applicant could not reach."""
+    passed_on: bool
+    """True when the receiver is asked by another than the applicant: dial it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """I no longer wait with you."""
+
+    key: Key
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Your join is here. From a leader: wait for Begin. From another: I am still trying a smaller candidate."""
+
+    key: Key
+    attempt: int
+    leading: bool
+    patience_s: float
+    """How long the receiver should wait before it thinks of another way."""
+    present: int
+    expected: int
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """Somebody I heard from in this round leads."""
+
+    key: Key
+    attempt: int
+    leader: PeerId
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class TooShort:
+    """Your caller's time does not suffice for the data."""
+
+    key: Key
+    attempt: int
+    wait_s: float
+    needed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The round is over, says its leader."""
+
+    key: Key
+    attempt: int
+    k: int
+    j: int
+    closed_s_ago: float
+    now_k: int
+    """The averaging the sender is in or takes part in next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The group is closed; this is it."""
+
+    group: Group
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """I am bound to your group."""
+
+    key: Key
+    group_id: GroupId
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """I will not be in your group."""
+
+    key: Key
+    group_id: GroupId
+    why: str
+
+
+# ---- the all-reduce of a group
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """In this view I hold every average; this is their digest."""
+
+    group_id: GroupId
+    view: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """This member does not go on; to the lowest live rank, which opens a view without it."""
+
+    group_id: GroupId
+    view: int
+    rank: Rank
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """From here on only these count. The higher number wins; of equal numbers the lower author."""
+
+    group_id: GroupId
+    number: int
+    author: Rank
+    live: tuple[Rank, ...]
+    why: str
+    """Why the others are out, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """In answer to a view: for each chunk the view in which the average I hold was made; -1: I hold none."""
+
+    group_id: GroupId
+    view: int
+    views: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Once a second, to all: how many bytes of this round I have moved, in and out."""
+
+    group_id: GroupId
+    moved: int
+
+
+# ---- plans and terms
+
+
+@dataclass(frozen=True, slots=True)
+class PlanWanted:
+    """Which plan do you go by?"""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanNotice:
+    """The newest plan I know, signed by its decider."""
+
+    plan: Plan
+    public_key: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TermsWanted:
+    """What are your terms and your layout?"""
+
+
+@dataclass(frozen=True, slots=True)
+class TermsNotice:
+    """My terms, and my layout (cut after the first 4,096 tensors)."""
+
+    terms: Terms
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Farewell:
+    """This session closes, or the daemon leaves: do not expect it any more."""
+
+
+MatchmakingMessage = Join | Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound
+ReductionMessage = Ready | Suspect | View | Holdings | Heartbeat
+SessionMessage = PlanWanted | PlanNotice | TermsWanted | TermsNotice | Farewell
+Message = MatchmakingMessage | ReductionMessage | SessionMessage
+
+
+# ---- bulk data
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A contribution to, or an average of, one chunk of the vector. Goes over the group's streams."""
+
+    index: int
+    view: int
+    payload: bytes | memoryview
+    is_average: bool
+    decoded: bool = False
+    """The payload is the average itself, not its code: re-served after a view change."""
+    contributors: tuple[Rank, ...] = ()
+    """Of an average: whose values are in it."""
+    made_in: int = 0
+    """Of an average: the view in which it was reduced."""

@@ -1,0 +1,95 @@
+"""How a vector is cut: spans, by what each member's link can carry, and spans into chunks.
+
+Pure arithmetic, the same at every member because spans travel in Begin and the rest follows from them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moshpitd.averaging.messages import Member
+from moshpitd.averaging.names import Rank
+from moshpitd.averaging.vector import DTYPES, Layout
+
+ALIGNMENT = 4096
+"""Spans and chunks start at multiples of this many elements of their segment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One chunk of the vector: elements [start, stop) of one dtype, reduced by `reducer` unless a view says otherwise."""
+
+    index: int
+    start: int
+    stop: int
+    dtype: str
+    reducer: Rank
+
+    @property
+    def byte_size(self) -> int:
+        return (self.stop - self.start) * DTYPES[self.dtype].itemsize
+
+
+def fractions_by_rate(rates: Sequence[float]) -> list[float]:
+    """Which share of the vector each of n members should reduce, so that the slowest link is done earliest.
+
+    A member with share f moves 1 + (n-2)f vectors each way: its own contribution without its span, and its averages to
+    the others. So (1 + (n-2) f_i) / b_i <= xi, with equality where f_i > 0: f_i = max(0, (xi*b_i - 1) / (n-2)), and
+    sum f_i = 1 gives xi over the m fastest. Rate 0 means not allowed to hold a span.
+    """
+    n = len(rates)
+    able = sorted((rate for rate in rates if rate > 0), reverse=True)
+    assert able, "somebody must be able to reduce"
+    if n <= 2:
+        return [1 / len(able) if rate > 0 else 0.0 for rate in rates]
+    xi = (n - 2 + 1) / able[0]
+    for m in range(2, len(able) + 1):
+        candidate = (n - 2 + m) / sum(able[:m])
+        if candidate * able[m - 1] < 1:
+            break
+        xi = candidate
+    return [max(0.0, (xi * rate - 1) / (n - 2)) if rate > 0 else 0.0 for rate in rates]
+
+
+def spans_of(layout: Layout, members: Sequence[Member]) -> tuple[int, ...]:
+    """Element boundaries, one more than members: rank r reduces [b[r], b[r+1]). Those nobody can dial hold none.
+
+    Unknown rates count as the median of the known ones. Boundaries are aligned inside their segment.
+    """
+    known = [min(m.up_bytes_s, m.down_bytes_s) for m in members if min(m.up_bytes_s, m.down_bytes_s) > 0]
+    usual = statistics.median(known) if known else 1.0
+    rates = [(min(m.up_bytes_s, m.down_bytes_s) or usual) if m.dialable else 0.0 for m in members]
+    boundaries = [0]
+    reached = 0.0
+    for fraction in fractions_by_rate(rates)[:-1]:
+        reached += fraction
+        boundaries.append(max(boundaries[-1], _aligned(layout, min(1.0, reached) * layout.elements)))
+    last = max(rank for rank, rate in enumerate(rates) if rate > 0)
+    boundaries = [layout.elements if rank > last else edge for rank, edge in enumerate(boundaries)]
+    return (*boundaries, layout.elements)
+
+
+def _aligned(layout: Layout, position: float) -> int:
+    """The nearest multiple of ALIGNMENT from the start of the segment that holds the position."""
+    for segment in layout.segments:
+        if position <= segment.stop:
+            offset = round((position - segment.start) / ALIGNMENT) * ALIGNMENT
+            return min(segment.start + offset, segment.stop)
+    return layout.elements
+
+
+def pieces_of(layout: Layout, spans: Sequence[int], chunk_bytes: int) -> tuple[Piece, ...]:
+    """The chunks of all spans in the order of the vector; none crosses a span or a segment."""
+    pieces: list[Piece] = []
+    for rank in range(len(spans) - 1):
+        for segment in layout.segments:
+            step = max(ALIGNMENT, chunk_bytes // DTYPES[segment.dtype].itemsize // ALIGNMENT * ALIGNMENT)
+            start, stop = max(spans[rank], segment.start), min(spans[rank + 1], segment.stop)
+            while start < stop:
+                aligned = segment.start + ((start - segment.start) // ALIGNMENT) * ALIGNMENT + step
+                end = min(aligned, stop)
+                pieces.append(Piece(len(pieces), start, end, segment.dtype, Rank(rank)))
+                start = end
+    return tuple(pieces)

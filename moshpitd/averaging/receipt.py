@@ -1,0 +1,104 @@
+"""What every result carries: who contributed what, with which weight, and who was dropped and why.
+
+Pure data. Positions count elements of the vector. CONTRACT fields first; more may come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from moshpitd.averaging.names import PeerId
+
+
+class Outcome(Enum):
+    """How well it went. None of these is an error."""
+
+    COMPLETE = "complete"
+    """Every live, expected session of the line gave every span, in every round, and Ready came from all."""
+    PARTIAL = "partial"
+    """Anything less with at least one other."""
+    ALONE = "alone"
+    """Nobody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberLine:
+    """A member of the round's group and the weight it carried into the round."""
+
+    peer: PeerId
+    weight: float
+    coordinate: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SpanLine:
+    """Elements [start, stop) of the vector: who reduced them, whose values are in them."""
+
+    reducer: PeerId
+    start: int
+    stop: int
+    contributors: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedLine:
+    """Who was left out of a round, and why, in words for a person."""
+
+    peer: PeerId
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReceipt:
+    """One round (k, j) as this peer saw it."""
+
+    averaging: int
+    round: int
+    axis: int
+    outcome: Outcome
+    group_id: bytes
+    """hash(group id, survivors): same id, same bits. Empty when alone."""
+    digest: bytes
+    """Over the decoded averages of all chunks: equal at all members of the group. Empty when alone."""
+    leader: PeerId
+    rank: int
+    codec: str
+    transport: str
+    members: tuple[MemberLine, ...]
+    spans: tuple[SpanLine, ...]
+    dropped: tuple[DroppedLine, ...]
+    why: str
+    """Why the round was not complete, in words; empty when it was."""
+    weight_after: float
+    """The weight this member carries into the next round: W / (c * m)."""
+    seconds_matchmaking: float
+    seconds_reduce: float
+    bytes_sent: int
+    bytes_received: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """One averaging of one trainer."""
+
+    outcome: Outcome
+    epoch: int
+    """k: the number of this averaging."""
+    joined: bool
+    """True when this call was a newcomer's first: it gave weight 0 and received."""
+    weight_total: float
+    """The weight behind the result: of the last round's contributors, times the cells they stand for."""
+    peers: tuple[PeerId, ...]
+    """Everybody met in any round, without oneself."""
+    digest: bytes
+    """Of the result; equal at all peers of a fault-free averaging under float32. Empty when alone."""
+    why: str
+    seconds_matchmaking: float
+    seconds_reduce: float
+    seconds_total: float
+    bytes_sent: int
+    bytes_received: int
+    grid: str
+    """The plan's sides, "2x4"."""
+    rounds: tuple[RoundReceipt, ...]

@@ -1,0 +1,1109 @@
+"""One trainer's stay: rounds, deadlines, retries, grid position, carried weight.
+
+Knows how an averaging goes: gather, then for each round find the group and reduce, then account for it. It alone knows
+what to do when something failed. Does not know sockets, threads, the clock or the directory; time, dice and peers are
+handed in, wishes go out as effects.
+
+| state     | means                                                   | left by                                        |
+|-----------|---------------------------------------------------------|------------------------------------------------|
+| IDLE      | the trainer computes; joins for us are kept             | start() -> GATHERING                           |
+| GATHERING | waiting for peers, or for a plan                        | enough and planned -> MATCHING; time -> IDLE   |
+| MATCHING  | finding the group of round (k, j)                       | group -> REDUCING; none -> next round or IDLE  |
+| REDUCING  | the group's all-reduce runs                             | its end -> MATCHING (j + 1) or IDLE            |
+| CLOSED    | the session left                                        | (none)                                         |
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import assert_never
+
+from moshpitd.averaging.all_reduce import AllReduce, AllReduceConfig, Outgoing
+from moshpitd.averaging.all_reduce import State as ReductionState
+from moshpitd.averaging.codecs import codec_named
+from moshpitd.averaging.effects import Announce, Effect, Failed, Finished, Log, LookUp, Progress, Send, Withdraw
+from moshpitd.averaging.errors import InvalidInput, NoGroup, Precondition, RemoteProtocolError, SessionError, Unavailable
+from moshpitd.averaging.grid import Cell, Plan, Terms, carried_weight, grid_key, session_key
+from moshpitd.averaging.matchmaking import Candidate, Matchmaking, MatchmakingConfig, Round, grace_from
+from moshpitd.averaging.matchmaking import State as MatchmakingState
+from moshpitd.averaging.membership import Credentials, Membership
+from moshpitd.averaging.messages import (
+    Address,
+    Begin,
+    Begun,
+    Bound,
+    Chunk,
+    Closed,
+    Farewell,
+    Heartbeat,
+    Holdings,
+    Join,
+    Kept,
+    Lease,
+    Leave,
+    Member,
+    Message,
+    PlanNotice,
+    PlanWanted,
+    Presence,
+    Ready,
+    Redirect,
+    ReductionMessage,
+    Sighting,
+    Suspect,
+    TermsNotice,
+    TermsWanted,
+    TooShort,
+    View,
+)
+from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
+from moshpitd.averaging.receipt import DroppedLine, MemberLine, Outcome, Receipt, RoundReceipt
+from moshpitd.averaging.vector import Layout, Vector
+
+NAME_DEFAULT = "default"
+TIMEOUT_DEFAULT_S = 60.0
+LONELY_WAIT_DEFAULT_S = 1.0
+MATCHMAKINGS_MAX = 64
+REDUCTIONS_MAX = 16
+EARLY_MESSAGES_MAX = 256
+TENSORS_TOLD_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """What a trainer chose when it opened its session."""
+
+    layout: Layout
+    name: str = NAME_DEFAULT
+    rounds: int = 0
+    """Rounds an averaging; 0 = auto, as many as the plan has axes."""
+    codec: str = "float32"
+    min_peers: int = 1
+    """Begin an averaging only when this many live sessions, ours included, are there."""
+    joining: str = "receive"
+    """receive: a newcomer's first averaging has weight 0; contribute: its values count at once."""
+    lonely_wait_s: float = LONELY_WAIT_DEFAULT_S
+    """How long an averaging looks for somebody while nobody else is known; then it ends alone."""
+
+    def check(self) -> None:
+        """Raises InvalidInput that names what is wrong."""
+        codec_named(self.codec)
+        if not self.name or len(self.name) > 200:
+            raise InvalidInput(f"session name {self.name[:40]!r}: must have 1 to 200 characters")
+        if not 0 <= self.rounds <= 64:
+            raise InvalidInput(f"rounds {self.rounds}: must be auto (0) or 1 to 64")
+        if not 0 <= self.min_peers <= 8192:
+            raise InvalidInput(f"min_peers {self.min_peers}: must be 0 to 8192")
+        if self.joining not in ("receive", "contribute"):
+            raise InvalidInput(f"joining {self.joining!r}: must be receive or contribute")
+        if not 0 <= self.lonely_wait_s < math.inf:
+            raise InvalidInput(f"lonely wait {self.lonely_wait_s}: must be a duration in seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One averaging as its trainer asks for it."""
+
+    weight: float = 1.0
+    timeout_s: float = TIMEOUT_DEFAULT_S
+    epoch: int | None = None
+    """Meet only peers with the same number; None = the newest open averaging."""
+
+    def check(self) -> None:
+        """Raises InvalidInput that names what is wrong."""
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise InvalidInput(f"weight {self.weight}: must be a finite number, 0 or more")
+        if not 0 < self.timeout_s < math.inf:
+            raise InvalidInput(f"timeout {self.timeout_s}: must be a positive number of seconds")
+        if self.epoch is not None and not 0 <= self.epoch < 1 << 62:
+            raise InvalidInput(f"epoch {self.epoch}: must be 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """The daemon's side of a session."""
+
+    pin: str = ""
+    """The pinned grid, "2x4"; empty: the planner chooses."""
+    group_size_max: int = 16
+    """Larger groups need fewer rounds but wait for more peers; a failure costs its group a chunk of time."""
+    chunk_bytes: int = 1 << 20
+    """What goes over the wire at once: large enough for the transport to be fast, small enough to overlap."""
+    lease_ttl_s: float = 60.0
+    """How long a silent session counts as live. The directory renews a lease at a third of it."""
+    presence_ttl_s: float = 30.0
+    look_up_interval_s: float = 0.3
+    """While peers or a plan are missing, how often to look. Halves the wait, doubles the traffic."""
+    grace_factor: float = 8.0
+    """A group stays open for median + factor * MAD of earlier arrival offsets."""
+    grace_floor_s: float = 1.0
+    """... but at least so long: less would shut out a busy machine's hiccup, more would wait for the dead."""
+    epochs_ahead_max: int = 10_000
+    """An epoch further above the swarm's is taken for a mistake."""
+    matchmaking: MatchmakingConfig = field(default_factory=MatchmakingConfig)
+    all_reduce: AllReduceConfig = field(default_factory=AllReduceConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Who and where this daemon is."""
+
+    swarm: bytes
+    """Digest of the swarm's name."""
+    peer: PeerId
+    incarnation: Incarnation
+    address: Address
+    """What others dial; empty while nobody can."""
+    dialable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatus:
+    """What a session says of itself."""
+
+    state: str
+    """idle, gathering, matching, reducing, closed"""
+    waiting_for: str
+    epoch: int
+    grid: str
+    cell: tuple[int, ...]
+    live_sessions: int
+    averagings: dict[str, int] = field(default_factory=dict)
+    """Ended averagings by outcome: complete, partial, alone, failed."""
+
+
+class State(Enum):
+    IDLE = "idle"
+    GATHERING = "gathering"
+    MATCHING = "matching"
+    REDUCING = "reducing"
+    CLOSED = "closed"
+
+
+@dataclass(slots=True)
+class Averaging:
+    """The averaging under way."""
+
+    call: Call
+    started_at: float
+    deadline: float
+    values: Vector
+    """What the next round averages. The trainer's own until a round committed."""
+    spare: Vector | None
+    """A buffer for the next round's result."""
+    k: int
+    weight: float
+    joined: bool = False
+    j: int = 0
+    roster_seen: bool = False
+    next_look_up: float = 0.0
+    next_word: float = 0.0
+    round_started_at: float = 0.0
+    reduce_started_at: float = 0.0
+    plan: Plan | None = None
+    axis: int = 0
+    matchmaking: Matchmaking | None = None
+    reduction: AllReduce | None = None
+    rounds: list[RoundReceipt] = field(default_factory=list)
+    changed: bool = False
+    """Some round committed: `values` is no longer the trainer's own."""
+    last_group_share: float = 0.0
+
+
+class Session:
+    """The machine. Drive it by its commands, `receive`, the other inputs and `handle_timer`; then `take_effects`."""
+
+    def __init__(
+        self,
+        options: SessionOptions,
+        config: SessionConfig,
+        here: Whereabouts,
+        credentials: Credentials,
+        rng: random.Random,
+        *,
+        last_k: int,
+        now: float,
+    ) -> None:
+        options.check()
+        self.options = options
+        self.terms = Terms(options.layout.digest, options.rounds, options.codec)
+        self.key = session_key(here.swarm, options.name)
+        self.state = State.IDLE
+        self.outcomes: dict[str, int] = {}
+        self._config = config
+        self._here = here
+        self._rng = rng
+        self._codec = codec_named(options.codec)
+        self._members = Membership(
+            here.peer,
+            self.terms,
+            pin=config.pin,
+            group_size_max=config.group_size_max,
+            min_peers=options.min_peers,
+            credentials=credentials,
+            now=now,
+        )
+        self._opened_at = now
+        self._last_k = last_k
+        self._next_k = last_k + 1
+        self._current: Averaging | None = None
+        self._matchmakings: dict[Key, Matchmaking] = {}
+        self._reductions: dict[GroupId, AllReduce] = {}
+        self._early: dict[GroupId, list[tuple[PeerId, ReductionMessage]]] = {}
+        self._offsets: deque[float] = deque(maxlen=128)
+        self._deferred: deque[tuple[PeerId, Join]] = deque(maxlen=MATCHMAKINGS_MAX)
+        self._terms_asked_at = -math.inf
+        self._effects: list[Effect] = []
+        self._presence_key: Key | None = None
+        self._announce_lease(now)
+
+    # ---- commands
+
+    def start(self, call: Call, vector: Vector, now: float) -> None:
+        """Begin an averaging of the vector, which is ours until Finished or Failed. Raises a SessionError at once for
+        what can never work."""
+        call.check()
+        if self.state is State.CLOSED:
+            raise Unavailable("the session is closed")
+        if self._current is not None:
+            raise Precondition("an averaging of this session is still under way: await it first")
+        assert vector.layout == self.options.layout
+        k = self._choose_k(call)
+        self._current = Averaging(call, now, now + call.timeout_s, vector, None, k, call.weight)
+        self._current.roster_seen = self._last_k >= 0  # a newcomer looks first, the others are warm
+        self._become(State.GATHERING)
+        if self._last_k < 0:
+            self._announce_lease(now)
+        self._begin_if_possible(now)
+
+    def abandon(self, now: float) -> None:
+        """The trainer is gone. A closed group is served to its end, for the others; anything before is left."""
+        current = self._current
+        if current is None:
+            return
+        if current.matchmaking and self.state is State.MATCHING:
+            current.matchmaking.give_up("its trainer is gone", now)
+        if self.state in (State.GATHERING, State.MATCHING):
+            self._fail(Unavailable("the trainer is gone"))
+        else:
+            current.deadline = min(current.deadline, now + current.call.timeout_s)
+            current.j = 1 << 30  # no further round
+
+    def close(self, now: float) -> None:
+        """Leave the swarm, at once known to it."""
+        if self.state is State.CLOSED:
+            return
+        if self._current is not None:
+            self._fail(Unavailable("the session closed"))
+        for peer in self._members.everyone():
+            self._tell(peer, "", Farewell())
+        self._effects.append(Withdraw(self.key))
+        if self._presence_key is not None:
+            self._effects.append(Withdraw(self._presence_key))
+        self.state = State.CLOSED
+
+    def relocate(self, here: Whereabouts, now: float) -> None:
+        """Our address or dialability changed."""
+        if here != self._here:
+            self._here = here
+            self._announce_lease(now)
+
+    # ---- inputs
+
+    def receive(self, message: Message, sender: PeerId, now: float) -> None:
+        """A message of the sender proved by its channel. Raises RemoteProtocolError for nonsense."""
+        if self.state is State.CLOSED or sender == self._here.peer:
+            return
+        if not isinstance(message, Farewell):
+            self._members.heard(sender)
+        match message:
+            case Join():
+                self._receive_join(message, sender, now)
+            case Begin(group=group):
+                self._pass_on(group.key, message, sender, now)
+            case Leave() | Kept() | Redirect() | TooShort() | Closed() | Begun() | Bound():
+                self._pass_on(message.key, message, sender, now)
+            case Ready() | Suspect() | View() | Holdings() | Heartbeat():
+                self._receive_in_group(message, sender, now)
+            case PlanWanted():
+                self._answer_plan_wanted(sender, now)
+            case PlanNotice():
+                self._adopt(message, now)
+            case TermsWanted():
+                self._tell(sender, "", self._terms_notice())
+            case TermsNotice():
+                self._compare_terms(message, sender)
+            case Farewell():
+                self._members.left(sender)
+                self._peer_out(sender, "left the swarm", now)
+            case _:
+                assert_never(message)
+        self._step(now)
+
+    def peer_lost(self, peer: PeerId, why: str, now: float) -> None:
+        """No channel to this peer could be had, or it broke."""
+        self._members.suspect(peer)
+        self._peer_out(peer, why, now)
+        self._step(now)
+
+    def roster_received(self, key: Key, sightings: list[Sighting], now: float) -> None:
+        """What the directory knows under one of our keys."""
+        if key == self.key:
+            for sighting in sightings:
+                self._members.sighted(sighting, now)
+            self._members.expire(now)
+            if self._current:
+                self._current.roster_seen = True
+            self._roster_changed(now)
+        elif matchmaking := self._matchmakings.get(key):
+            self._refresh(matchmaking, now, sightings)
+        self._step(now)
+
+    def chunk_received(self, group_id: GroupId, sender: Rank, chunk: Chunk, now: float) -> None:
+        """A chunk of a group's stream. Raises RemoteProtocolError for nonsense."""
+        if reduction := self._reductions.get(group_id):
+            reduction.chunk_received(chunk, sender, now)
+            self._step(now)
+
+    def stream_lost(self, group_id: GroupId, rank: Rank, why: str, now: float) -> None:
+        """A group's stream to this member broke."""
+        if reduction := self._reductions.get(group_id):
+            reduction.suspect(rank, why, now)
+            self._step(now)
+
+    def compute_finished(self, group_id: GroupId, job_id: int, value: object, now: float) -> None:
+        if reduction := self._reductions.get(group_id):
+            reduction.compute_finished(job_id, value, now)
+            self._step(now)
+
+    def next_outgoing(self, group_id: GroupId, rank: Rank) -> Outgoing | None:
+        """Pull: the next chunk for this member of the group."""
+        reduction = self._reductions.get(group_id)
+        return reduction.next_outgoing(rank) if reduction else None
+
+    def handle_timer(self, now: float) -> None:
+        for matchmaking in list(self._matchmakings.values()):
+            if (due := matchmaking.next_deadline()) is not None and due <= now:
+                matchmaking.handle_timer(now)
+        for reduction in list(self._reductions.values()):
+            if (due := reduction.next_deadline()) is not None and due <= now:
+                reduction.handle_timer(now)
+        self._step(now)
+
+    def next_deadline(self) -> float | None:
+        moments = [m.next_deadline() for m in self._matchmakings.values()]
+        moments += [r.next_deadline() for r in self._reductions.values()]
+        if self._current:
+            moments += [self._current.deadline, self._current.next_word]
+            if self.state is State.GATHERING:
+                moments.append(self._current.next_look_up)
+        return min((m for m in moments if m is not None), default=None)
+
+    def take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    # ---- what the owner reads
+
+    @property
+    def last_k(self) -> int:
+        """The last averaging we took part in; -1: none."""
+        return self._last_k
+
+    @property
+    def result(self) -> Vector:
+        """The vector of the averaging that just Finished. Only valid while its effect is being carried out."""
+        assert self._result is not None
+        return self._result
+
+    _result: Vector | None = None
+
+    def status(self, now: float) -> SessionStatus:
+        plan = self._plan_in_force()
+        return SessionStatus(
+            self.state.value,
+            self._waiting_for(now),
+            self._current.k if self._current else self._next_k,
+            plan.grid if plan else "",
+            self._members.cell(plan, self._next_k) if plan else (),
+            self._members.live_count(),
+            dict(self.outcomes),
+        )
+
+    def known_peers(self) -> list[tuple[PeerId, str, bool]]:
+        """(peer, address, is suspect) of every session under our name."""
+        return [
+            (peer, known.lease.address if known.lease.dialable else "", self._members.is_suspect(peer))
+            for peer, known in sorted(self._members.everyone().items())
+        ]
+
+    # ---- one step: after every input, whatever became possible
+
+    def _step(self, now: float) -> None:
+        current = self._current
+        if current is not None:
+            if self.state is State.GATHERING:
+                self._begin_if_possible(now)
+            elif self.state is State.MATCHING:
+                self._look_at_matchmaking(now)
+            elif self.state is State.REDUCING:
+                self._look_at_reduction(now)
+            self._say_what_is_waited_for(now)
+        for matchmaking in self._matchmakings.values():
+            self._effects += matchmaking.take_effects()
+        for reduction in self._reductions.values():
+            self._effects += reduction.take_effects()
+        self._forget_old(now)
+
+    def _forget_old(self, now: float) -> None:
+        """What no late peer can still need."""
+        for key in [key for key, m in self._matchmakings.items() if m.round.k < self._next_k - 2]:
+            if self._current is None or self._current.matchmaking is not self._matchmakings[key]:
+                del self._matchmakings[key]
+        over = [group_id for group_id, r in self._reductions.items() if r.finished and r.idle]
+        for group_id in over[:-4]:
+            del self._reductions[group_id]
+
+    # ---- counting
+
+    def _choose_k(self, call: Call) -> int:
+        swarm_k = self._members.current_k()
+        if call.epoch is None:
+            return max(self._next_k, swarm_k)
+        counting = self._members.has_history() or self._last_k >= 0
+        newest = max(swarm_k, self._next_k)
+        if counting and call.epoch > newest + self._config.epochs_ahead_max:
+            raise Precondition(f"epoch {call.epoch} is far above the swarm's {newest}: check the number you pass")
+        if call.epoch <= self._last_k:
+            raise Precondition(f"epoch {call.epoch} is over: the next one of this session is {self._next_k}")
+        if self._members.has_history() and call.epoch + 2 <= swarm_k:
+            raise Precondition(f"epoch {call.epoch} is over: the swarm is at {swarm_k}; leave the epoch out to join it")
+        return call.epoch
+
+    # ---- gathering
+
+    def _begin_if_possible(self, now: float) -> None:
+        current = self._current
+        assert current is not None
+        if now >= current.deadline:
+            self._fail(NoGroup(self._waiting_for(now)))
+            return
+        if conflict := self._members.pin_conflict():
+            self._fail(Precondition(f"{conflict}: restart it with the swarm's grid, or with --grid auto"))
+            return
+        live = self._members.live_count()
+        lonely = live == 1 and self._members.sessions_needed() <= 1
+        if not current.roster_seen and now < current.started_at + 2.0:
+            self._look_up_if_due(now)
+            return
+        if lonely and now >= current.started_at + min(self.options.lonely_wait_s, current.call.timeout_s * 0.9):
+            self._finish_alone("nobody else is in this averaging", now)
+            return
+        plan = self._plan_in_force()
+        if live < max(2, self.options.min_peers) or plan is None:
+            self._make_plan_if_due(now)
+            plan = self._plan_in_force()
+        if live < max(2, self.options.min_peers) or plan is None:
+            self._look_up_if_due(now)
+            return
+        current.k = self._choose_k_again(current)
+        newcomer = self._last_k < 0 and self.options.joining == "receive"
+        current.joined = newcomer and self._members.has_history()
+        current.weight = 0.0 if current.joined else current.call.weight
+        self._begin_round(now)
+
+    def _choose_k_again(self, current: Averaging) -> int:
+        if current.call.epoch is not None:
+            return current.call.epoch
+        return max(current.k, self._next_k, self._members.current_k())
+
+    def _look_up_if_due(self, now: float) -> None:
+        current = self._current
+        assert current is not None
+        if now < current.next_look_up:
+            return
+        current.next_look_up = now + self._config.look_up_interval_s
+        self._effects.append(LookUp(self.key))
+        if self._plan_in_force() is None and self._members.live_count() >= max(2, self._members.sessions_needed()):
+            holder = self._members.unknown_plan_holder() or self._members.next_decider()
+            if holder != self._here.peer:
+                self._tell(holder, self._members.address_of(holder), PlanWanted())
+
+    def _plan_in_force(self) -> Plan | None:
+        return self._members.plan_for(self._current.k if self._current else self._next_k)
+
+    def _waiting_for(self, now: float) -> str:
+        current = self._current
+        if current is None:
+            return ""
+        left = f"{max(0.0, current.deadline - now):.0f} s left"
+        live, needed = self._members.live_count(), self._members.sessions_needed()
+        match self.state:
+            case State.GATHERING if live < needed:
+                pin = f" (the pinned grid {self._config.pin} has {needed} cells)" if self._config.pin else ""
+                return f"{live} of {needed} peers here, waiting for {needed - live} more{pin}, {left}"
+            case State.GATHERING if live == 1:
+                return f"nobody else here yet, {left}"
+            case State.GATHERING if self._plan_in_force() is None:
+                decider = self._members.unknown_plan_holder() or self._members.next_decider()
+                return f"{live} peers here, waiting for the plan of {short(decider)}, {left}"
+            case State.GATHERING:
+                return f"looking who is there, {left}"
+            case State.MATCHING if current.matchmaking:
+                return f"round {current.j}: {current.matchmaking.waiting_for()}, {left}"
+            case State.REDUCING if current.reduction:
+                done = current.reduction.fraction_done()
+                return f"round {current.j}: {done:.0%} of the averages here, {left}"
+            case _:
+                return ""
+
+    def _say_what_is_waited_for(self, now: float) -> None:
+        current = self._current
+        if current is None or now < current.next_word:
+            return
+        current.next_word = now + 1.0
+        fraction = 0.0
+        if current.plan:
+            rounds = self._rounds_planned(current.plan)
+            within = current.reduction.fraction_done() if current.reduction and self.state is State.REDUCING else 0.0
+            fraction = min(1.0, (current.j + within) / rounds)
+        if text := self._waiting_for(now):
+            self._effects.append(Progress(text, fraction))
+
+    # ---- terms
+
+    def _roster_changed(self, now: float) -> None:
+        """The leases we know changed: compare terms, renew plans and lines."""
+        against = self._members.majority_against_us()
+        if against and self._current and self.state is State.GATHERING and now >= self._terms_asked_at + 1.0:
+            self._terms_asked_at = now
+            self._tell(against, self._members.everyone()[against].lease.address, TermsWanted())
+        if (holder := self._members.unknown_plan_holder()) is not None:
+            self._tell(holder, self._members.address_of(holder), PlanWanted())
+        self._make_plan_if_due(now)
+        for matchmaking in self._matchmakings.values():
+            self._refresh(matchmaking, now)
+
+    def _terms_notice(self) -> TermsNotice:
+        tensors = self.options.layout.tensors[:TENSORS_TOLD_MAX]
+        return TermsNotice(self.terms, tensors)
+
+    def _compare_terms(self, notice: TermsNotice, sender: PeerId) -> None:
+        if self._current is None or self.state is not State.GATHERING or self._members.majority_against_us() is None:
+            return
+        difference = self.terms.first_difference(notice.terms)
+        if difference is None:
+            return
+        if notice.terms.layout != self.terms.layout:
+            theirs = Layout(notice.tensors)
+            difference = self.options.layout.first_difference(theirs) or difference
+        self._fail(
+            Precondition(
+                f"this session differs from most of the swarm ({short(sender)} among them): {difference}. "
+                "Use the same tensors and options, or another session name"
+            )
+        )
+
+    # ---- plans
+
+    def _make_plan_if_due(self, now: float) -> None:
+        k = self._current.k if self._current else self._next_k
+        if notice := self._members.make_plan_if_due(k):
+            plan = notice.plan
+            self._log(f"plan {plan.version}: {plan.grid} for {len(plan.roster)} sessions from averaging {plan.first_k} on")
+            for peer in self._members.others():
+                self._tell(peer, self._members.address_of(peer), notice)
+            self._plan_changed(plan, now)
+
+    def _answer_plan_wanted(self, sender: PeerId, now: float) -> None:
+        self._make_plan_if_due(now)
+        if notice := self._members.newest_plan():
+            self._tell(sender, self._members.address_of(sender), notice)
+        else:
+            self._effects.append(LookUp(self.key))  # somebody sees enough peers for a plan: look again
+
+    def _adopt(self, notice: PlanNotice, now: float) -> None:
+        if self._members.adopt(notice):
+            plan = notice.plan
+            self._log(f"plan {plan.version} of {short(plan.signer)}: {plan.grid} from averaging {plan.first_k} on")
+            self._plan_changed(plan, now)
+
+    def _plan_changed(self, plan: Plan, now: float) -> None:
+        """Our lease names the new plan. An averaging that has not contributed yet starts again under it."""
+        current = self._current
+        if current and self.state is State.MATCHING and current.j == 0 and self._members.plan_for(current.k) is not current.plan:
+            assert current.matchmaking is not None
+            current.matchmaking.give_up("a newer plan came", now)
+            self._become(State.GATHERING)
+        self._announce_lease(now)
+        deferred, self._deferred = self._deferred, deque(maxlen=MATCHMAKINGS_MAX)
+        for sender, join in deferred:
+            self._receive_join(join, sender, now)
+
+    # ---- rounds
+
+    def _rounds_planned(self, plan: Plan) -> int:
+        return self.options.rounds or len(plan.sides)
+
+    def _begin_round(self, now: float) -> None:
+        current = self._current
+        assert current is not None
+        plan = self._members.plan_for(current.k) if current.j == 0 else current.plan
+        assert plan is not None
+        if current.k != self._next_k:
+            self._next_k = current.k
+        current.plan = plan
+        current.axis = plan.axis(current.k, current.j, self._rounds_planned(plan))
+        current.round_started_at = now
+        cell = self._members.cell(plan, current.k)
+        matchmaking = self._matchmaking(plan, current.k, current.j, current.axis, cell)
+        if matchmaking.state is not MatchmakingState.KEEPING:  # a first try of this round ended: its place is taken
+            del self._matchmakings[matchmaking.round.key]
+            matchmaking = self._matchmaking(plan, current.k, current.j, current.axis, cell)
+        current.matchmaking = matchmaking
+        current.reduction = None
+        self._become(State.MATCHING)
+        wait_s = (current.deadline - now) / max(1, self._rounds_planned(plan) - current.j)
+        self._refresh(matchmaking, now)
+        matchmaking.seek(self._member(cell[current.axis], current.weight), wait_s, now)
+        self._announce_presence(matchmaking.round.key, cell[current.axis])
+        self._look_at_matchmaking(now)
+
+    def _member(self, coordinate: int, weight: float) -> Member:
+        here = self._here
+        return Member(here.peer, here.incarnation, coordinate, weight, here.address, here.dialable)
+
+    def _matchmaking(self, plan: Plan, k: int, j: int, axis: int, cell: Cell) -> Matchmaking:
+        key = grid_key(self._here.swarm, self.terms.digest, plan, k=k, j=j, axis=axis, cell=cell)
+        known = self._matchmakings.get(key)
+        if known is not None:
+            return known
+        round_ = Round(
+            key,
+            k,
+            j,
+            axis,
+            plan.version,
+            plan.digest[:8],
+            self._here.peer,
+            self._here.incarnation,
+            cell,
+            self.options.layout,
+            self._config.chunk_bytes,
+        )
+        matchmaking = Matchmaking(round_, self._config.matchmaking, self._rng)
+        self._matchmakings[key] = matchmaking
+        return matchmaking
+
+    def _refresh(self, matchmaking: Matchmaking, now: float, presences: list[Sighting] | None = None) -> None:
+        """Tell it who could lead and who is waited for, by what we know now."""
+        round_ = matchmaking.round
+        plan = self._members.plan_with(round_.plan)
+        if plan is None:
+            return
+        line = self._members.line(plan, round_.axis, round_.cell)
+        candidates = self._members.candidates(line)
+        for sighting in presences or []:
+            record = sighting.record
+            known = sighting.peer in line or sighting.peer == self._here.peer or self._members.is_suspect(sighting.peer)
+            if isinstance(record, Presence) and record.dialable and not known:
+                candidates.append(Candidate(sighting.peer, record.address))
+        if self._here.dialable:
+            candidates.append(Candidate(self._here.peer, self._here.address))
+        expected = self._members.expected(line, round_.k)
+        if self._last_k >= 0 or not self._members.has_history():
+            expected = (*expected, self._here.peer)
+        matchmaking.update(candidates, expected, self._grace_s(), now)
+
+    def _grace_s(self) -> float | None:
+        if len(self._offsets) < 4:
+            return None
+        return grace_from(list(self._offsets), factor=self._config.grace_factor, floor_s=self._config.grace_floor_s)
+
+    def _receive_join(self, join: Join, sender: PeerId, now: float) -> None:
+        plan = self._members.plan_with(join.plan)
+        in_force = self._members.plan_for(join.k)
+        newest = self._members.newest_plan()
+        if newest and in_force and in_force.version > join.plan_version:
+            self._tell(sender, join.applicant.address if sender == join.applicant.peer else "", newest)
+            return
+        if plan is None:
+            self._deferred.append((sender, join))
+            self._tell(sender, "", PlanWanted())
+            return
+        cell = self._members.cell(plan, join.k)
+        rounds = self._rounds_planned(plan)
+        axis = plan.axis(join.k, join.j, rounds)
+        key = grid_key(self._here.swarm, self.terms.digest, plan, k=join.k, j=join.j, axis=axis, cell=cell)
+        if join.j >= rounds or key != join.key:
+            return  # it takes us for a member of another line; its patience will tell it
+        if key not in self._matchmakings:
+            if join.k <= self._last_k:
+                answer = Closed(key, join.attempt, join.k, join.j, 0.0, self._next_k)
+                self._tell(join.applicant.peer, join.applicant.address, answer)
+                return
+            if len(self._matchmakings) >= MATCHMAKINGS_MAX:
+                raise RemoteProtocolError("too many joins for rounds to come")
+            self._refresh(self._matchmaking(plan, join.k, join.j, axis, cell), now)
+        self._matchmakings[key].receive(join, sender, now)
+
+    def _pass_on(
+        self,
+        key: Key,
+        message: Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound,
+        sender: PeerId,
+        now: float,
+    ) -> None:
+        if matchmaking := self._matchmakings.get(key):
+            matchmaking.receive(message, sender, now)
+        elif isinstance(message, Begin):
+            self._tell(sender, "", Bound(key, message.group.group_id, "does not take part in this round"))
+
+    def _look_at_matchmaking(self, now: float) -> None:
+        current = self._current
+        assert current is not None
+        matchmaking = current.matchmaking
+        assert matchmaking is not None
+        if matchmaking.state is MatchmakingState.BOUND:
+            assert matchmaking.group is not None
+            self._begin_reduction(matchmaking, now)
+        elif matchmaking.state is MatchmakingState.ENDED:
+            self._round_without_group(matchmaking, now)
+        elif now >= current.deadline:
+            matchmaking.give_up("time ran out in matchmaking", now)
+            self._round_without_group(matchmaking, now)
+
+    def _round_without_group(self, matchmaking: Matchmaking, now: float) -> None:
+        current = self._current
+        assert current is not None
+        late = matchmaking.now_k is not None
+        if late and current.j == 0:
+            assert matchmaking.now_k is not None
+            self._next_k = max(self._next_k, matchmaking.now_k)
+            current.k = max(current.k, matchmaking.now_k)
+            newcomer = self._last_k < 0 and current.call.epoch is None
+            if newcomer and now < current.deadline:  # it cannot know what is open: the next one then
+                self._become(State.GATHERING)
+                current.next_look_up = now
+                self._begin_if_possible(now)
+                return
+        current.rounds.append(self._receipt_alone(matchmaking, matchmaking.why, now))
+        self._next_round(now, over=late and current.j == 0)
+
+    def _begin_reduction(self, matchmaking: Matchmaking, now: float) -> None:
+        current = self._current
+        group = matchmaking.group
+        assert current is not None
+        assert group is not None
+        rank = group.rank_of(self._here.peer)
+        assert rank is not None
+        self._offsets.extend(group.arrival_offsets_s)
+        for member in group.members:
+            self._members.took_part(member.peer, current.k)
+        for absent in group.absent:
+            self._members.missed(absent.peer)
+        if len(self._reductions) >= REDUCTIONS_MAX:
+            self._reductions.pop(next(iter(self._reductions)))
+        spare = current.spare or Vector.empty(self.options.layout)
+        current.spare = None
+        current.reduce_started_at = now
+        self._become(State.REDUCING)
+        current.reduction = AllReduce(
+            group,
+            rank,
+            values=current.values,
+            result=spare,
+            codec=self._codec,
+            config=self._config.all_reduce,
+            now=now,
+        )
+        self._spare_in_use = spare
+        self._reductions[group.group_id] = current.reduction
+        for sender, message in self._early.pop(group.group_id, []):
+            self._receive_in_group(message, sender, now)
+        self._early.clear()
+        self._look_at_reduction(now)
+
+    _spare_in_use: Vector | None = None
+
+    def _receive_in_group(self, message: ReductionMessage, sender: PeerId, now: float) -> None:
+        reduction = self._reductions.get(message.group_id)
+        if reduction is None:
+            if len(self._early) < REDUCTIONS_MAX or message.group_id in self._early:
+                waiting = self._early.setdefault(message.group_id, [])
+                if len(waiting) < EARLY_MESSAGES_MAX:
+                    waiting.append((sender, message))
+            return
+        rank = reduction.group.rank_of(sender)
+        if rank is None:
+            raise RemoteProtocolError(f"{short(sender)} is not in the group it speaks to")
+        reduction.receive(message, rank, now)
+
+    def _look_at_reduction(self, now: float) -> None:
+        current = self._current
+        assert current is not None
+        reduction, matchmaking = current.reduction, current.matchmaking
+        assert reduction is not None
+        assert matchmaking is not None
+        for peer, why in matchmaking.declined:
+            rank = reduction.group.rank_of(peer)
+            if rank is not None:
+                reduction.suspect(rank, why, now)
+        matchmaking.declined.clear()
+        if not reduction.finished:
+            return
+        assert self._spare_in_use is not None
+        if reduction.state is ReductionState.COMMITTED:
+            group = reduction.group
+            weights = [member.weight for member in group.members]
+            coordinates = [member.coordinate for member in group.members]
+            current.values, current.spare = self._spare_in_use, current.values if current.changed else None
+            current.changed = True
+            self._last_k = max(self._last_k, current.k)
+            current.rounds.append(self._receipt_of(reduction, carried_weight(weights, coordinates, reduction.rank), now))
+            current.weight = current.rounds[-1].weight_after
+        else:
+            if reduction.idle:
+                current.spare = self._spare_in_use
+            current.rounds.append(self._receipt_of(reduction, current.weight, now))
+        self._spare_in_use = None
+        self._next_round(now)
+
+    def _next_round(self, now: float, *, over: bool = False) -> None:
+        current = self._current
+        assert current is not None
+        assert current.plan is not None
+        current.j += 1
+        if over or current.j >= self._rounds_planned(current.plan) or now >= current.deadline:
+            self._finish(now)
+        else:
+            self._begin_round(now)
+
+    # ---- the end
+
+    def _finish(self, now: float) -> None:
+        current = self._current
+        assert current is not None
+        assert current.plan is not None
+        planned = self._rounds_planned(current.plan)
+        met = sorted({m.peer for r in current.rounds for m in r.members if r.outcome is not Outcome.ALONE} - {self._here.peer})
+        if all(r.outcome is Outcome.ALONE for r in current.rounds):
+            outcome, met = Outcome.ALONE, []
+        elif len(current.rounds) == planned and all(r.outcome is Outcome.COMPLETE for r in current.rounds):
+            outcome = Outcome.COMPLETE
+        else:
+            outcome = Outcome.PARTIAL
+        reasons = [f"round {r.round}: {r.why}" for r in current.rounds if r.why]
+        if len(current.rounds) < planned and outcome is Outcome.PARTIAL:
+            reasons.append(f"time for {len(current.rounds)} of {planned} rounds")
+        reductions = [r for r in current.rounds if r.outcome is not Outcome.ALONE]
+        receipt = Receipt(
+            outcome=outcome,
+            epoch=current.k,
+            joined=current.joined,
+            weight_total=self._weight_total(current) if reductions else current.call.weight,
+            peers=tuple(met),
+            digest=reductions[-1].digest if reductions else b"",
+            why="; ".join(reasons),
+            seconds_matchmaking=math.fsum(r.seconds_matchmaking for r in current.rounds),
+            seconds_reduce=math.fsum(r.seconds_reduce for r in current.rounds),
+            seconds_total=now - current.started_at,
+            bytes_sent=sum(r.bytes_sent for r in current.rounds),
+            bytes_received=sum(r.bytes_received for r in current.rounds),
+            grid=current.plan.grid,
+            rounds=tuple(current.rounds),
+        )
+        self._conclude(receipt, now)
+
+    def _weight_total(self, current: Averaging) -> float:
+        """The weight behind the result: the last group's, times the lines that earlier rounds brought into it.
+
+        A member of the last group stands for its line of each earlier axis, with that line's weight divided by the
+        coordinates there; so the sum over the swarm is the last group's weight times those sides.
+        """
+        assert current.plan is not None
+        last = next(r for r in reversed(current.rounds) if r.outcome is not Outcome.ALONE)
+        weights = {member.peer: member.weight for member in last.members}
+        everywhere = set.intersection(*(set(span.contributors) for span in last.spans)) if last.spans else set()
+        present = math.fsum(weight for peer, weight in weights.items() if peer in everywhere)
+        earlier = {r.axis: r for r in current.rounds if r.outcome is not Outcome.ALONE and r.axis != last.axis}
+        return present * math.prod(len({m.coordinate for m in r.members}) for r in earlier.values())
+
+    def _finish_alone(self, why: str, now: float) -> None:
+        current = self._current
+        assert current is not None
+        receipt = Receipt(
+            outcome=Outcome.ALONE,
+            epoch=current.k,
+            joined=False,
+            weight_total=current.call.weight,
+            peers=(),
+            digest=b"",
+            why=why,
+            seconds_matchmaking=now - current.started_at,
+            seconds_reduce=0.0,
+            seconds_total=now - current.started_at,
+            bytes_sent=0,
+            bytes_received=0,
+            grid="",
+            rounds=(),
+        )
+        self._conclude(receipt, now)
+
+    def _conclude(self, receipt: Receipt, now: float) -> None:
+        current = self._current
+        assert current is not None
+        newest = self._members.newest_plan()
+        if receipt.outcome is not Outcome.ALONE:
+            self._next_k = current.k + 1
+        elif newest and newest.plan.first_k > self._next_k and self._members.live_count() > 1:
+            # Nobody of our lines is left, so k stands still here: meet the others where the next plan begins.
+            self._next_k = newest.plan.first_k
+        self._result = current.values
+        self._current = None
+        self._become(State.IDLE)
+        self._count(receipt.outcome.value)
+        why = f": {receipt.why}" if receipt.why else ""
+        self._log(f"averaging {receipt.epoch} {receipt.outcome.value} in {receipt.seconds_total:.3f} s{why}")
+        self._effects.append(Finished(receipt))
+        self._announce_lease(now)
+        self._make_plan_if_due(now)
+        self._announce_next_presence()
+
+    def _fail(self, error: SessionError) -> None:
+        self._current = None
+        self._become(State.IDLE)
+        self._count("failed")
+        self._log(f"averaging failed: {error}")
+        self._effects.append(Failed(error))
+
+    def _count(self, outcome: str) -> None:
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+
+    def _receipt_of(self, reduction: AllReduce, weight_after: float, now: float) -> RoundReceipt:
+        current = self._current
+        assert current is not None
+        group = reduction.group
+        committed = reduction.state is ReductionState.COMMITTED
+        dropped = [DroppedLine(absent.peer, absent.why) for absent in group.absent]
+        dropped += reduction.dropped_lines()
+        whole = reduction.is_complete and not group.absent
+        outcome = Outcome.ALONE if not committed else Outcome.COMPLETE if whole else Outcome.PARTIAL
+        why = reduction.why or ", ".join(f"{short(line.peer)} {line.why}" for line in dropped)
+        return RoundReceipt(
+            averaging=current.k,
+            round=current.j if current.j < 1 << 30 else group.j,
+            axis=group.axis,
+            outcome=outcome,
+            group_id=reduction.group_id if committed else b"",
+            digest=reduction.digest if committed else b"",
+            leader=group.leader,
+            rank=reduction.rank,
+            codec=self.options.codec,
+            transport="grpc",
+            members=tuple(MemberLine(m.peer, m.weight, m.coordinate) for m in group.members),
+            spans=reduction.span_lines() if committed else (),
+            dropped=tuple(dropped),
+            why=why,
+            weight_after=weight_after,
+            seconds_matchmaking=current.reduce_started_at - current.round_started_at,
+            seconds_reduce=now - current.reduce_started_at,
+            bytes_sent=reduction.bytes_sent,
+            bytes_received=reduction.bytes_received,
+        )
+
+    def _receipt_alone(self, matchmaking: Matchmaking, why: str, now: float) -> RoundReceipt:
+        current = self._current
+        assert current is not None
+        me = self._here.peer
+        return RoundReceipt(
+            averaging=matchmaking.round.k,
+            round=current.j,
+            axis=current.axis,
+            outcome=Outcome.ALONE,
+            group_id=b"",
+            digest=b"",
+            leader=me,
+            rank=0,
+            codec=self.options.codec,
+            transport="",
+            members=(MemberLine(me, current.weight, matchmaking.round.cell[current.axis]),),
+            spans=(),
+            dropped=(),
+            why=why,
+            weight_after=current.weight,
+            seconds_matchmaking=now - current.round_started_at,
+            seconds_reduce=0.0,
+            bytes_sent=0,
+            bytes_received=0,
+        )
+
+    # ---- what is announced
+
+    def _announce_lease(self, now: float) -> None:
+        if self.state is State.CLOSED:
+            return
+        newest = self._members.newest_plan()
+        if newest and self._here.peer not in newest.plan.cells:
+            self._members.cell(newest.plan, self._next_k)
+        claim, claim_k = self._members.claim()
+        lease = Lease(
+            terms=self.terms.digest,
+            address=self._here.address,
+            dialable=self._here.dialable,
+            k=self._current.k if self._current else self._next_k,
+            last_k=self._last_k,
+            plan_version=newest.plan.version if newest else 0,
+            plan=newest.plan.digest[:8] if newest else b"",
+            claim=claim,
+            claim_k=claim_k,
+            pin=self._config.pin,
+            group_size_max=self._config.group_size_max,
+            up_bytes_s=0.0,
+            down_bytes_s=0.0,
+            open_s=now - self._opened_at,
+        )
+        self._effects.append(Announce(self.key, lease, self._config.lease_ttl_s, "lease"))
+
+    def _announce_presence(self, key: Key, coordinate: int) -> None:
+        if key == self._presence_key:
+            return
+        self._presence_key = key
+        presence = Presence(self._here.address, self._here.dialable, coordinate)
+        self._effects.append(Announce(key, presence, self._config.presence_ttl_s, "presence"))
+
+    def _announce_next_presence(self) -> None:
+        """While the trainer computes: where we shall be in the next averaging."""
+        plan = self._members.plan_for(self._next_k)
+        if plan is not None:
+            axis = plan.axis(self._next_k, 0, self._rounds_planned(plan))
+            cell = self._members.cell(plan, self._next_k)
+            key = grid_key(self._here.swarm, self.terms.digest, plan, k=self._next_k, j=0, axis=axis, cell=cell)
+            self._announce_presence(key, cell[axis])
+
+    # ---- small things
+
+    def _peer_out(self, peer: PeerId, why: str, now: float) -> None:
+        for matchmaking in list(self._matchmakings.values()):
+            matchmaking.peer_lost(peer, why, now)
+            self._refresh(matchmaking, now)
+        for reduction in list(self._reductions.values()):
+            rank = reduction.group.rank_of(peer)
+            if rank is not None and not reduction.finished:
+                reduction.suspect(rank, why, now)
+        self._make_plan_if_due(now)
+
+    def _tell(self, peer: PeerId, address: str, message: Message) -> None:
+        self._effects.append(Send(peer, address, message))
+
+    def _become(self, state: State) -> None:
+        assert self.state is not State.CLOSED
+        self.state = state
+
+    def _log(self, text: str) -> None:
+        self._effects.append(Log(text))
+

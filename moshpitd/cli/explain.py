@@ -1,0 +1,86 @@
+"""An averaging told in plain sentences: who met, who reduced what, who was dropped and why, times and bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from moshpitd.averaging.names import PeerId, short
+from moshpitd.cli.forms import OUTCOMES
+from moshpitd.cli.tables import amount
+from moshpitd.local.v1 import daemon_pb2 as pb
+
+
+def read_round(text: str) -> tuple[int | None, int | None]:
+    """(epoch, round) of "7", "7.1" or "last"; None = the newest epoch, all its rounds. Raises ValueError."""
+    if text == "last":
+        return None, None
+    match = re.fullmatch(r"(\d{1,18})(?:\.(\d{1,3}))?", text)
+    if not match:
+        raise ValueError(f"{text!r} is no round: write its epoch, as in 7, epoch.round, as in 7.1, or last")
+    return int(match[1]), int(match[2]) if match[2] else None
+
+
+def sentences(receipt: pb.Receipt, only_round: int | None, own: str) -> Iterator[str]:
+    """The averaging as the peer `own` saw it; one of its rounds or all."""
+    if only_round is None:
+        yield from _averaging(receipt)
+    for round_ in receipt.rounds:
+        if only_round in (None, round_.round):
+            yield from _round(receipt, round_, own)
+
+
+def _averaging(receipt: pb.Receipt) -> Iterator[str]:
+    name = f"Averaging {receipt.epoch} of session {receipt.session!r}"
+    met = f"this peer and {len(receipt.peers)} {'other' if len(receipt.peers) == 1 else 'others'}"
+    grid = f" on a grid of {receipt.grid}" if receipt.grid else ""
+    match OUTCOMES[receipt.outcome]:
+        case "alone":
+            yield f"{name} found nobody else; the values are unchanged.{_because(receipt.why)}"
+        case outcome:
+            weight = f"total weight {receipt.weight_total:g}"
+            yield f"{name} was {outcome}: {met} met{grid}, {weight}.{_because(receipt.why)}"
+    if receipt.joined:
+        yield "This peer was new, so it gave no weight and received the swarm's mean."
+    seconds = receipt.seconds
+    yield (
+        f"It took {seconds.total:.3f} s: {seconds.matchmaking:.3f} s to find the groups, {seconds.reduce:.3f} s to "
+        f"exchange and reduce. {amount(receipt.bytes.sent)} went out, {amount(receipt.bytes.received)} came in."
+    )
+
+
+def _round(receipt: pb.Receipt, round_: pb.Round, own: str) -> Iterator[str]:
+    name = f"Round {receipt.epoch}.{round_.round}"
+    if not round_.group_id:
+        yield f"{name}, along axis {round_.axis}: nobody else came.{_because(round_.why)}"
+        return
+    members = [
+        f"{_who(member.peer, own)} with weight {member.weight:g}"
+        + (", leading" if member.peer == round_.leader else "")
+        for member in round_.members
+    ]
+    yield (
+        f"{name}, along axis {round_.axis}, {OUTCOMES[round_.outcome]}: a group of {len(members)} met: "
+        f"{'; '.join(members)}.{_because(round_.why)}"
+    )
+    everybody = {member.peer for member in round_.members}
+    for span in round_.spans:
+        missing = sorted(everybody - set(span.contributors))
+        share = f"without {', '.join(_who(peer, own) for peer in missing)}" if missing else "from all members"
+        yield f"  {_who(span.reducer, own)} reduced elements {span.start:,} to {span.stop:,}, {share}."
+    for dropped in round_.dropped:
+        yield f"  {_who(dropped.peer, own)} was dropped: {dropped.why}."
+    yield (
+        f"  It took {round_.seconds.matchmaking:.3f} s to match and {round_.seconds.reduce:.3f} s to reduce by "
+        f"{round_.transport or 'gRPC'} in {round_.codec}; {amount(round_.bytes.sent)} out, "
+        f"{amount(round_.bytes.received)} in. Weight {round_.weight_after:g} goes on."
+    )
+    yield f"  Whoever shows group id {round_.group_id.hex()} holds the same bits, digest {round_.digest.hex()}."
+
+
+def _who(peer: str, own: str) -> str:
+    return "this peer" if peer == own else short(PeerId(peer))
+
+
+def _because(why: str) -> str:
+    return f" Why: {why}." if why else ""

@@ -1,0 +1,131 @@
+"""The JSON forms of what the daemon says: the public ones, CONTRACT's names, one function a message.
+
+Written out instead of taken from protobuf's own JSON, whose 64-bit numbers are strings and whose names are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from moshpitd.local.v1 import daemon_pb2 as pb
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+OUTCOMES = {
+    pb.OUTCOME_COMPLETE: "complete",
+    pb.OUTCOME_PARTIAL: "partial",
+    pb.OUTCOME_ALONE: "alone",
+    pb.OUTCOME_UNSPECIFIED: "unknown",
+}
+
+
+def status(message: pb.GetStatusResponse) -> Json:
+    return {
+        "ready": message.ready,
+        "waiting_for": message.waiting_for,
+        "peer_id": message.peer_id,
+        "swarm": message.swarm,
+        "listen": message.listen,
+        "announce": message.announce,
+        "dialable": message.dialable if message.HasField("dialable") else None,
+        "peers": message.peers,
+        "sessions": [
+            {
+                "session_id": session.session_id,
+                "name": session.name,
+                "state": session.state,
+                "waiting_for": session.waiting_for,
+                "epoch": session.epoch,
+                "grid": session.grid,
+                "cell": list(session.cell),
+                "live_sessions": session.live_sessions,
+                "vector_bytes": session.vector_bytes,
+                "averagings": dict(session.averagings),
+                "codec": session.codec,
+            }
+            for session in message.sessions
+        ],
+        "draining": message.draining,
+        "version": message.version,
+        "pid": message.pid,
+        "uptime_seconds": message.uptime_seconds,
+    }
+
+
+def peers(messages: Iterable[pb.Peer]) -> Json:
+    return [
+        {
+            "peer_id": peer.peer_id,
+            "address": peer.address,
+            "state": peer.state,
+            "sessions": _texts(peer.sessions),
+            "seconds_since_heard": peer.seconds_since_heard if peer.HasField("seconds_since_heard") else None,
+        }
+        for peer in messages
+    ]
+
+
+def config(messages: Iterable[tuple[str, str, str]]) -> Json:
+    """Of (name, value, source)."""
+    return {name: {"value": value, "source": source} for name, value, source in messages}
+
+
+def receipt(message: pb.Receipt) -> Json:
+    return {
+        "outcome": OUTCOMES[message.outcome],
+        "why": message.why,
+        "epoch": message.epoch,
+        "session": message.session,
+        "joined": message.joined,
+        "weight_total": message.weight_total,
+        "peers": _texts(message.peers),
+        "digest": message.digest.hex(),
+        "grid": message.grid,
+        "seconds": _seconds(message.seconds),
+        "bytes": _traffic(message.bytes),
+        "rounds": [_round(round_) for round_ in message.rounds],
+    }
+
+
+def _round(message: pb.Round) -> Json:
+    return {
+        "round": message.round,
+        "axis": message.axis,
+        "outcome": OUTCOMES[message.outcome],
+        "why": message.why,
+        "group_id": message.group_id.hex(),
+        "digest": message.digest.hex(),
+        "leader": message.leader,
+        "rank": message.rank,
+        "codec": message.codec,
+        "transport": message.transport,
+        "members": [
+            {"peer": member.peer, "weight": member.weight, "coordinate": member.coordinate}
+            for member in message.members
+        ],
+        "spans": [
+            {
+                "reducer": span.reducer,
+                "start": span.start,
+                "stop": span.stop,
+                "contributors": _texts(span.contributors),
+            }
+            for span in message.spans
+        ],
+        "dropped": [{"peer": dropped.peer, "why": dropped.why} for dropped in message.dropped],
+        "weight_after": message.weight_after,
+        "seconds": _seconds(message.seconds),
+        "bytes": _traffic(message.bytes),
+    }
+
+
+def _seconds(message: pb.Seconds) -> Json:
+    return {"matchmaking": message.matchmaking, "reduce": message.reduce, "total": message.total}
+
+
+def _traffic(message: pb.Traffic) -> Json:
+    return {"sent": message.sent, "received": message.received}
+
+
+def _texts(values: Iterable[str]) -> list[Json]:
+    return list(values)

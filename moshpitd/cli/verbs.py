@@ -1,0 +1,343 @@
+"""The verbs and their flags: what may be typed. What a verb does is imported when it is typed, because `status` has to
+answer in the time of a blink.
+
+click rather than argparse: it suggests the flag or verb that was meant, exits 2 on wrong usage, and its verbs are typed
+functions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+import moshpitd
+from moshpitd.cli.failure import ExitCode, Failure
+from moshpitd.config import Config, ConfigError, Flags, default_socket, load
+
+if TYPE_CHECKING:
+    from moshpitd.cli.connection import Daemon
+    from moshpitd.cli.forms import Json
+
+_Verb = TypeVar("_Verb", bound=Callable[..., None])
+
+
+class _Verbs(click.Group):
+    """The group that turns a Failure into a message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except Failure as failure:
+            click.echo(f"Error: {failure}", err=True)
+            ctx.exit(failure.code)
+
+
+def _weight(ctx: click.Context, param: click.Parameter, text: str) -> float:
+    weight = _number(text)
+    if not 0 <= weight < math.inf:
+        raise click.BadParameter(f"{text!r} is no weight: give a finite number from 0 up")
+    return weight
+
+
+def _timeout(ctx: click.Context, param: click.Parameter, text: str) -> float:
+    timeout_s = _number(text)
+    if not 0 < timeout_s < math.inf:
+        raise click.BadParameter(f"{text!r} is no timeout: give seconds, more than 0")
+    return timeout_s
+
+
+def _rounds(ctx: click.Context, param: click.Parameter, text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise click.BadParameter(f"{text!r} is neither auto nor a number from 1 to 64")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+socket_flag = click.option(
+    "--socket",
+    type=click.Path(path_type=Path),
+    envvar="MOSHPITD_SOCKET",
+    default=lambda: default_socket(os.environ),
+    show_default="below $XDG_RUNTIME_DIR",
+    help="The daemon's Unix socket.",
+)
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def settings_flags(verb: _Verb) -> _Verb:
+    """The flags of `run`, untouched text: config.py reads them as it reads the environment and the file."""
+    for option in reversed(
+        (
+            click.option("--swarm", metavar="NAME", help="The swarm to join or to start."),
+            click.option("--listen", metavar="HOST:PORT", help="gRPC on TCP, directory on UDP.  [0.0.0.0:7600]"),
+            click.option("--announce", metavar="HOST:PORT", help="What others are to dial.  [found out]"),
+            click.option("--join", metavar="HOST:PORT", multiple=True, help="Any live member; repeatable."),
+            click.option("--socket", metavar="PATH", help="The trainers' Unix socket.  [below $XDG_RUNTIME_DIR]"),
+            click.option("--data-dir", metavar="DIR", help="Identity and remembered peers.  [below $XDG_STATE_HOME]"),
+            click.option("--grid", metavar="auto|4x4|...", help="Pin the grid.  [auto]"),
+            click.option("--group-size-max", metavar="N", help="The planner's largest group.  [16]"),
+            click.option("--http", metavar="HOST:PORT|off", help="Serve /healthz and /metrics.  [off]"),
+            click.option("--event-loop", metavar="auto|uvloop|asyncio", help="[uvloop where installed]"),
+            click.option("--drain-timeout", metavar="SECONDS", help="What SIGTERM waits for a running round.  [20]"),
+            click.option("--transport", metavar="grpc", help="How chunks travel between peers.  [grpc]"),
+            click.option("--vector-bytes-max", metavar="N|NGiB", help="The largest vector of a trainer.  [4GiB]"),
+            click.option("--preset", metavar="loopback|lan|wan", help="The kind of network.  [wan]"),
+            click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [info]"),
+            click.option("--config", metavar="FILE", help="TOML; weaker than flags and MOSHPITD_* variables."),
+        )
+    ):
+        verb = option(verb)
+    return verb
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(moshpitd.__version__, prog_name="moshpitd", message="%(prog)s %(version)s")
+def main() -> None:
+    """Average tensors with others over unreliable machines.
+
+    Start a daemon with `moshpitd run --swarm NAME`, then average from any trainer or with `moshpitd average`.
+
+    Exit codes: 0 ok, 1 failed, 2 usage, 3 daemon not reachable, 4 not healthy, 5 timed out or no group.
+    """
+
+
+@main.command()
+@settings_flags
+def run(**flags: str | tuple[str, ...] | None) -> None:
+    """Run the daemon in the foreground. SIGTERM or Ctrl+C drains, a second one exits now."""
+    config = _load(flags)
+    from moshpitd.daemon import start
+
+    raise SystemExit(start(config))
+
+
+@main.command()
+@click.argument("source", metavar="IN.safetensors", type=click.Path(path_type=Path))
+@click.option("-o", "--output", metavar="OUT.safetensors", type=click.Path(path_type=Path), help="Write the result.")
+@click.option(
+    "--weight", metavar="W", callback=_weight, default="1", show_default=True, help="What these values count."
+)
+@click.option(
+    "--rounds", metavar="N|auto", callback=_rounds, default="auto", show_default=True, help="auto gives the exact mean."
+)
+@click.option("--epoch", type=click.IntRange(0, 2**63 - 1), help="Meet only peers with the same number.")
+@click.option("--min-peers", type=click.IntRange(1, 2**31 - 1), default=1, help="Begin when so many are here, with us.")
+@click.option("--codec", metavar="NAME", default="float32", show_default=True, help="How values travel.")
+@click.option("--name", metavar="SESSION", default="default", show_default=True, help="Other names never meet.")
+@click.option("--joining", type=click.Choice(["receive", "contribute"]), default="contribute", show_default=True)
+@click.option("--allow-alone", is_flag=True, help="Nobody else is no failure: OUT gets IN's values.")
+@click.option("--timeout", metavar="SECONDS", callback=_timeout, default="60", show_default=True)
+@socket_flag
+@json_flag
+def average(
+    *,
+    source: Path,
+    output: Path | None,
+    weight: float,
+    rounds: int,
+    epoch: int | None,
+    min_peers: int,
+    codec: str,
+    name: str,
+    joining: str,
+    allow_alone: bool,
+    timeout: float,
+    socket: Path,
+    as_json: bool,
+) -> None:
+    """Average a file of tensors with the swarm, once. Without -o only the receipt is printed."""
+    from moshpitd.cli import forms, one_shot
+
+    wish = one_shot.Wish(
+        source=source,
+        output=output,
+        weight=weight,
+        rounds=rounds,
+        epoch=epoch,
+        min_peers=min_peers,
+        codec=codec,
+        name=name,
+        joining=joining,
+        allow_alone=allow_alone,
+        timeout_s=timeout,
+    )
+    receipt = one_shot.average(wish, socket)
+    alone = forms.OUTCOMES[receipt.outcome] == "alone"
+    if as_json:
+        _print_json(forms.receipt(receipt))
+    else:
+        from moshpitd.cli import tables
+
+        tables.receipt(receipt, str(output) if output and (not alone or allow_alone) else None)
+    if alone and not allow_alone:
+        why = receipt.why or "nobody else was there"
+        raise Failure(ExitCode.NO_GROUP, f"{why}; nothing was written (--timeout waits longer, --allow-alone accepts)")
+
+
+@main.command()
+@socket_flag
+@json_flag
+def status(socket: Path, as_json: bool) -> None:
+    """How the daemon is doing. Exit 0 when it is ready, 4 when not, 3 when it is not there."""
+    from moshpitd.cli import forms
+
+    with _daemon(socket) as daemon:
+        answer = daemon.status()
+    if as_json:
+        _print_json(forms.status(answer))
+    else:
+        from moshpitd.cli import tables
+
+        tables.status(answer)
+    if not answer.ready:
+        raise SystemExit(ExitCode.NOT_HEALTHY)
+
+
+@main.command()
+@socket_flag
+@json_flag
+def peers(socket: Path, as_json: bool) -> None:
+    """The other daemons this one knows."""
+    from moshpitd.cli import forms
+
+    with _daemon(socket) as daemon:
+        answer = daemon.peers()
+    if as_json:
+        _print_json({"peers": forms.peers(answer.peers)})
+    else:
+        from moshpitd.cli import tables
+
+        tables.peers(answer.peers)
+
+
+@main.command()
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="Averagings to show.")
+@socket_flag
+@json_flag
+def rounds(limit: int, socket: Path, as_json: bool) -> None:
+    """The last averagings with their rounds, newest first."""
+    from moshpitd.cli import forms
+
+    with _daemon(socket) as daemon:
+        answer = daemon.rounds(limit=limit)
+    if as_json:
+        _print_json({"averagings": [forms.receipt(receipt) for receipt in answer.receipts]})
+    else:
+        from moshpitd.cli import tables
+
+        tables.rounds(answer.receipts)
+
+
+@main.command()
+@click.argument("which", metavar="ROUND")
+@socket_flag
+@json_flag
+def explain(which: str, socket: Path, as_json: bool) -> None:
+    """Tell an averaging in plain sentences. ROUND is its epoch (7), one of its rounds (7.1), or `last`."""
+    from moshpitd.cli import forms
+    from moshpitd.cli.explain import read_round, sentences
+
+    try:
+        epoch, round_ = read_round(which)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="ROUND") from error
+    with _daemon(socket) as daemon:
+        own = daemon.status().peer_id
+        found = list(daemon.rounds(limit=1 if epoch is None else 20, epoch=epoch).receipts)
+        if round_ is not None:
+            found = [receipt for receipt in found if any(each.round == round_ for each in receipt.rounds)]
+        if not found:
+            known = [receipt.epoch for receipt in daemon.rounds(limit=1000).receipts]
+            there = f"it remembers {min(known)} to {max(known)}" if known else "it remembers none yet"
+            raise Failure(ExitCode.FAILED, f"the daemon knows no averaging {which}; {there} (`moshpitd rounds`)")
+    told = [list(sentences(receipt, round_, own)) for receipt in found]
+    if as_json:
+        pairs: list[Json] = [
+            {"receipt": forms.receipt(receipt), "told": [*lines]} for receipt, lines in zip(found, told, strict=True)
+        ]
+        _print_json({"averagings": pairs})
+    else:
+        click.echo("\n\n".join("\n".join(lines) for lines in told))
+
+
+@main.command("id")
+@socket_flag
+@json_flag
+def id_(socket: Path, as_json: bool) -> None:
+    """The daemon's peer id."""
+    with _daemon(socket) as daemon:
+        peer_id = daemon.status().peer_id
+    if as_json:
+        _print_json({"peer_id": peer_id})
+    else:
+        click.echo(peer_id)
+
+
+@main.group()
+def config() -> None:
+    """The configuration."""
+
+
+@config.command()
+@click.option("--offline", is_flag=True, help="Ask no daemon: show what `run` with these flags would use.")
+@settings_flags
+@json_flag
+def show(*, offline: bool, as_json: bool, **flags: str | tuple[str, ...] | None) -> None:
+    """Every setting, its value and where it came from: of the running daemon, or --offline of the next one."""
+    if offline or any(given for name, given in flags.items() if name != "socket"):
+        values: list[tuple[str, str, str]] = [(each.name, each.value, each.source) for each in _load(flags).values]
+    else:
+        path = flags["socket"] or os.environ.get("MOSHPITD_SOCKET") or default_socket(os.environ)
+        assert isinstance(path, str | Path)
+        with _daemon(Path(path)) as daemon:
+            answer = daemon.config()
+        values = [(each.name, each.value, each.source) for each in answer.values]
+    if as_json:
+        from moshpitd.cli import forms
+
+        _print_json(forms.config(values))
+    else:
+        from moshpitd.cli import tables
+
+        tables.config(values)
+
+
+@main.command()
+@json_flag
+def version(as_json: bool) -> None:
+    """The version of this command."""
+    if as_json:
+        _print_json({"version": moshpitd.__version__})
+    else:
+        click.echo(moshpitd.__version__)
+
+
+def _load(flags: Flags) -> Config:
+    try:
+        return load(flags, os.environ)
+    except ConfigError as error:
+        raise Failure(ExitCode.USAGE, str(error)) from error
+
+
+def _daemon(socket: Path) -> Daemon:
+    from moshpitd.cli.connection import Daemon
+
+    return Daemon(socket)
+
+
+def _print_json(form: Json) -> None:
+    click.echo(json.dumps(form))

@@ -1,0 +1,311 @@
+"""The local door: serves a daemon's trainers and operators on a Unix socket.
+
+Knows calls: who holds which session open, whose turn it is, when a call has run out of time. Does not know what an
+averaging is: it hands a vector down to the driver and a result up. A session lives as long as its OpenSession call:
+
+    OpenSession -> open -- CloseSession, the client's cancel or death, the daemon leaving --> closed
+
+Averagings of a session take turns; a call whose client is gone detaches and leaves its round to the driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import urllib.parse
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from moshpitd.averaging.errors import Exhausted, InvalidInput, NoGroup, SessionNotFound, Unavailable
+from moshpitd.averaging.receipt import Outcome
+from moshpitd.averaging.session import Call
+from moshpitd.averaging.vector import Layout, Vector
+from moshpitd.driver import Averaged, Driver, ProgressNote
+from moshpitd.local import translate
+from moshpitd.local.claim import ClaimError, SocketClaim
+from moshpitd.local.statuses import Answering
+from moshpitd.local.transfer import MESSAGE_BYTES_MAX, AverageContext, StreamTransfer, Transfer
+from moshpitd.local.translate import DaemonInfo
+from moshpitd.local.v1 import daemon_pb2 as pb
+from moshpitd.local.v1 import daemon_pb2_grpc as pb_grpc
+
+SERVICE = pb.DESCRIPTOR.services_by_name["DaemonService"].full_name
+ROUNDS_LISTED = 20
+ROUNDS_LISTED_MAX = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class LocalConfig:
+    """The door's limits."""
+
+    vector_bytes_max: int = 4 << 30
+    """Of one session's vector; the daemon holds a few copies of it while it averages."""
+    calls_max: int = 256
+    """Calls at once; every open session is one."""
+    keepalive_s: float = 10.0
+    """How often a silent client is pinged. A dead client is noticed at once by its closed socket, unless a child it
+    forked holds the socket open; then by this."""
+    keepalive_timeout_s: float = 20.0
+    """How long an answer to a ping may take: a trainer halted in a debugger for longer loses its session."""
+
+
+class LocalServer:
+    """The served socket, from `open` to `close`."""
+
+    def __init__(
+        self, claim: SocketClaim, server: grpc.aio.Server, service: _DaemonService, health: health.aio.HealthServicer
+    ) -> None:
+        self._claim = claim
+        self._server = server
+        self._service = service
+        self._health = health
+
+    @staticmethod
+    async def open(path: Path, driver: Driver, info: DaemonInfo, config: LocalConfig | None = None) -> LocalServer:
+        """Claim the path and serve on it. Raises ClaimError."""
+        config = config or LocalConfig()
+        server = grpc.aio.server(
+            maximum_concurrent_rpcs=config.calls_max,
+            options=[
+                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+                ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+                ("grpc.keepalive_time_ms", round(config.keepalive_s * 1000)),
+                ("grpc.keepalive_timeout_ms", round(config.keepalive_timeout_s * 1000)),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+            ],
+        )
+        service = _DaemonService(driver, info, config)
+        pb_grpc.add_DaemonServiceServicer_to_server(service, server)
+        healths = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(healths, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        claim = SocketClaim.take(path)
+        try:
+            server.add_insecure_port("unix:" + urllib.parse.quote(str(path)))
+        except RuntimeError as error:
+            claim.release()
+            raise ClaimError(f"cannot serve on socket {path}: {error}: give another path (--socket)") from error
+        local = LocalServer(claim, server, service, healths)
+        await local.show_ready(info.ready)
+        await server.start()
+        return local
+
+    async def show_ready(self, ready: bool) -> None:
+        """What grpc.health.v1 answers from now on."""
+        response = health_pb2.HealthCheckResponse
+        for service in ("", SERVICE):
+            await self._health.set(service, response.SERVING if ready else response.NOT_SERVING)
+
+    async def close(self, grace_s: float) -> None:
+        """Refuse new calls, end the sessions' streams, give running calls `grace_s`, give the path back."""
+        await self._health.enter_graceful_shutdown()
+        self._service.leave()
+        await self._server.stop(grace_s)
+        await self._service.finish(grace_s)
+        self._claim.release()
+
+
+@dataclass(eq=False, slots=True)
+class _OpenSession:
+    """A session as the door sees it."""
+
+    session_id: str
+    name: str
+    layout: Layout
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the one averaging in progress. Others wait instead of being refused: the end of a cancelled call may
+    reach us after the client's next one."""
+
+    @asynccontextmanager
+    async def taking_turns(self, deadline: float) -> AsyncIterator[None]:
+        async with _until(deadline, f"an earlier averaging of session {self.name!r} is still running: wait for it"):
+            await self.turn.acquire()
+        try:
+            yield
+        finally:
+            self.turn.release()
+
+
+class _DaemonService(pb_grpc.DaemonServiceServicer):
+    """The calls. OpenSession and Average write to their context rather than being generators: a generator whose
+    caller is cancelled is finished by the garbage collector, too late for a session that must be closed."""
+
+    def __init__(self, driver: Driver, info: DaemonInfo, config: LocalConfig) -> None:
+        self._driver = driver
+        self._info = info
+        self._config = config
+        self._sessions: dict[str, _OpenSession] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._leaving = False
+
+    async def OpenSession(  # type: ignore[override]
+        self,
+        request: pb.OpenSessionRequest,
+        context: grpc.aio.ServicerContext[pb.OpenSessionRequest, pb.OpenSessionResponse],
+    ) -> None:
+        async with Answering(context):
+            self._refuse_when_leaving()
+            options = translate.session_options(request)
+            size, limit = options.layout.byte_size, self._config.vector_bytes_max
+            if size > limit:
+                raise Exhausted(
+                    f"the tensors have {size} bytes, more than vector_bytes_max = {limit}: "
+                    "raise it in the daemon's configuration, or open several smaller sessions"
+                )
+            session = _OpenSession(await self._driver.open_session(options), options.name, options.layout)
+            self._sessions[session.session_id] = session
+            try:
+                await context.write(pb.OpenSessionResponse(session_id=session.session_id))
+                await session.closed.wait()
+                self._refuse_when_leaving()
+            finally:
+                del self._sessions[session.session_id]
+                await self._close(session.session_id)
+
+    async def CloseSession(
+        self,
+        request: pb.CloseSessionRequest,
+        context: grpc.aio.ServicerContext[pb.CloseSessionRequest, pb.CloseSessionResponse],
+    ) -> pb.CloseSessionResponse:
+        async with Answering(context):
+            session = self._session(request.session_id)
+            await self._close(session.session_id)
+            session.closed.set()
+        return pb.CloseSessionResponse()
+
+    async def Average(self, _requests: object, context: AverageContext) -> None:  # type: ignore[override]
+        async with Answering(context):
+            start = await context.read()
+            if not isinstance(start, pb.AverageRequest) or start.WhichOneof("message") != "start":
+                raise InvalidInput("the first message of an averaging must be `start`: this client has a bug")
+            session = self._session(start.start.session_id)
+            call = translate.average_call(start.start)
+            deadline = asyncio.get_running_loop().time() + call.timeout_s
+            self._refuse_when_leaving()
+            async with session.taking_turns(deadline):
+                await self._average(session, call, deadline, StreamTransfer(context), context)
+
+    async def GetStatus(
+        self,
+        request: pb.GetStatusRequest,
+        context: grpc.aio.ServicerContext[pb.GetStatusRequest, pb.GetStatusResponse],
+    ) -> pb.GetStatusResponse:
+        async with Answering(context):
+            return translate.status_message(self._info, self._driver.sessions(), draining=self._driver.draining)
+
+    async def ListPeers(
+        self,
+        request: pb.ListPeersRequest,
+        context: grpc.aio.ServicerContext[pb.ListPeersRequest, pb.ListPeersResponse],
+    ) -> pb.ListPeersResponse:
+        async with Answering(context):
+            return translate.peers_message(self._driver.peers())
+
+    async def ListRounds(
+        self,
+        request: pb.ListRoundsRequest,
+        context: grpc.aio.ServicerContext[pb.ListRoundsRequest, pb.ListRoundsResponse],
+    ) -> pb.ListRoundsResponse:
+        async with Answering(context):
+            limit = min(request.limit or ROUNDS_LISTED, ROUNDS_LISTED_MAX)
+            epoch = request.epoch if request.HasField("epoch") else None
+            return translate.rounds_message(self._driver.receipts(limit=limit, epoch=epoch), MESSAGE_BYTES_MAX - 1024)
+
+    async def GetConfig(
+        self,
+        request: pb.GetConfigRequest,
+        context: grpc.aio.ServicerContext[pb.GetConfigRequest, pb.GetConfigResponse],
+    ) -> pb.GetConfigResponse:
+        async with Answering(context):
+            return translate.config_message(self._info.config_values)
+
+    def leave(self) -> None:
+        """End the sessions' streams; from now on everything is refused."""
+        self._leaving = True
+        for session in self._sessions.values():
+            session.closed.set()
+
+    async def finish(self, timeout_s: float) -> None:
+        """Wait for the driver to have closed what we told it to close."""
+        if self._closing:
+            _, late = await asyncio.wait(self._closing, timeout=timeout_s)
+            for task in late:
+                task.cancel()
+
+    async def _average(
+        self, session: _OpenSession, call: Call, deadline: float, transfer: Transfer, context: AverageContext
+    ) -> None:
+        async with _until(deadline, "the values had not all arrived: give a longer timeout"):
+            vector = await transfer.contribution(session.layout)
+        left = deadline - asyncio.get_running_loop().time()
+        call = dataclasses.replace(call, timeout_s=max(left, 0.0))
+        averaged = await self._telling_progress(session, call, vector, context)
+        await context.write(pb.AverageResponse(receipt=translate.receipt_message(session.name, averaged.receipt)))
+        if averaged.receipt.outcome is not Outcome.ALONE:
+            await transfer.result(averaged.vector)
+
+    async def _telling_progress(
+        self, session: _OpenSession, call: Call, vector: Vector, context: AverageContext
+    ) -> Averaged:
+        """The averaging, in a task of its own while its notes are written; a slow reader misses all but the newest."""
+        notes: list[ProgressNote] = []
+        news = asyncio.Event()
+
+        def tell(note: ProgressNote) -> None:
+            notes[:] = [note]
+            news.set()
+
+        averaging = asyncio.create_task(self._driver.average(session.session_id, call, vector, tell))
+        averaging.add_done_callback(lambda _: news.set())
+        try:
+            while not averaging.done():
+                await news.wait()
+                news.clear()
+                if notes and not averaging.done():
+                    note = notes.pop()
+                    await context.write(
+                        pb.AverageResponse(progress=pb.Progress(text=note.text, fraction=note.fraction))
+                    )
+        finally:
+            if averaging.cancel():
+                # Only when we are cancelled ourselves: the driver detaches, and nobody else may leave before it has.
+                await asyncio.wait([averaging])
+        return averaging.result()
+
+    async def _close(self, session_id: str) -> None:
+        """Close at the driver, also when the caller of the call that wants it is cancelled meanwhile."""
+        closing = asyncio.create_task(self._driver.close_session(session_id))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        await asyncio.shield(closing)
+
+    def _session(self, session_id: str) -> _OpenSession:
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise SessionNotFound(
+                f"this daemon has no session {session_id!r}: it was closed, or the daemon was restarted; open it again"
+            )
+        return session
+
+    def _refuse_when_leaving(self) -> None:
+        if self._leaving or self._driver.draining:
+            raise Unavailable("the daemon is leaving and takes no new rounds: start it again and open the session anew")
+
+
+@asynccontextmanager
+async def _until(deadline: float, complaint: str) -> AsyncIterator[None]:
+    """Bound the block by a moment on the loop's clock. Raises NoGroup."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise NoGroup(f"time ran out: {complaint}") from None

@@ -1,0 +1,120 @@
+"""How a contribution comes in from the trainer and its result goes back.
+
+Knows chunks, their order and what no chunk may hold. Does not know sessions or peers. `Transfer` is the seam: streaming
+over the socket is the way that every language has; a transfer through shared memory is another class with this face.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import grpc.aio
+
+from moshpitd.averaging.errors import InvalidInput
+from moshpitd.averaging.vector import DTYPES, Layout, Vector, first_non_finite
+from moshpitd.local.v1 import daemon_pb2 as pb
+
+CHUNK_BYTES = 1 << 20
+"""Of a result: gRPC is fastest between 256 KiB and 1 MiB, and stalls the loop with more."""
+CHUNK_BYTES_MAX = 4 << 20
+"""Of a contribution, as the protocol says."""
+MESSAGE_BYTES_MAX = CHUNK_BYTES_MAX + 1024
+"""The guard against a client that wants our memory."""
+
+AverageContext = grpc.aio.ServicerContext[pb.AverageRequest, pb.AverageResponse]
+
+
+class Transfer(Protocol):
+    """Where a contribution comes from and its result goes to."""
+
+    async def contribution(self, layout: Layout) -> Vector:
+        """Take the trainer's values, whole and finite. Raises InvalidInput."""
+        ...
+
+    async def result(self, vector: Vector) -> None:
+        """Hand the averaged values back."""
+        ...
+
+
+class StreamTransfer:
+    """Chunks on the Average call itself."""
+
+    def __init__(self, context: AverageContext) -> None:
+        self._context = context
+
+    async def contribution(self, layout: Layout) -> Vector:
+        intake = Intake(layout)
+        while isinstance(request := await self._context.read(), pb.AverageRequest):
+            if request.WhichOneof("message") != "chunk":
+                raise InvalidInput("after `start` only `chunk` messages may follow: this client has a bug")
+            intake.accept(request.chunk.offset, request.chunk.data)
+        return intake.finish()
+
+    async def result(self, vector: Vector) -> None:
+        raw = vector.buffer.data
+        for offset in range(0, len(raw), CHUNK_BYTES):
+            response = pb.AverageResponse()
+            response.chunk.offset = offset
+            response.chunk.data = bytes(raw[offset : offset + CHUNK_BYTES])
+            await self._context.write(response)
+
+
+class Intake:
+    """Fills a vector chunk by chunk and refuses gaps, overruns, NaN and infinity as they come."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._vector = Vector.empty(layout)
+        self._raw = self._vector.buffer.data
+        self._arrived = 0
+        self._scanned = 0
+        """Elements known to be finite. A chunk may end inside an element: that one waits for the next chunk."""
+
+    def accept(self, offset: int, data: bytes) -> None:
+        """Take the next chunk. Raises InvalidInput."""
+        size, end = len(self._raw), offset + len(data)
+        if offset != self._arrived:
+            raise InvalidInput(
+                f"a chunk begins at byte {offset} where byte {self._arrived} was due: "
+                "send chunks in order, without gaps or repeats"
+            )
+        if not data or end > size:
+            raise InvalidInput(
+                f"the chunk at byte {offset} has {len(data)} bytes where {size - offset} are left of {size}: "
+                "pack the session's tensors, without padding"
+            )
+        self._raw[offset:end] = data
+        self._arrived = end
+        self._scan()
+
+    def finish(self) -> Vector:
+        """Return the vector. Raises InvalidInput when some of it has not come."""
+        if self._arrived < len(self._raw):
+            raise InvalidInput(
+                f"the values ended after {self._arrived} of {len(self._raw)} bytes: send the whole packed vector"
+            )
+        return self._vector
+
+    def _scan(self) -> None:
+        for segment in self._vector.layout.segments:
+            whole = (self._arrived - segment.byte_start) // DTYPES[segment.dtype].itemsize
+            start, stop = max(segment.start, self._scanned), min(segment.stop, segment.start + whole)
+            if start >= stop:
+                continue
+            position = first_non_finite(self._vector.elements(start, stop))
+            if position is not None:
+                raise InvalidInput(self._blame(start + position))
+            self._scanned = stop
+
+    def _blame(self, position: int) -> str:
+        value = float(self._vector.elements(position, position + 1)[0])
+        first = 0
+        for spec in self._vector.layout.tensors:
+            if position < first + spec.elements:
+                break
+            first += spec.elements
+        held = "nan" if math.isnan(value) else "infinity" if value > 0 else "-infinity"
+        return (
+            f"tensor {spec.name!r} holds {held} at element {position - first}: "
+            "find the step that made it, or leave the tensor out; nothing was sent to other peers"
+        )

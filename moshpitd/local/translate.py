@@ -1,0 +1,259 @@
+"""Between the daemon's vocabulary and the local API's messages: the one place that knows both.
+
+Knows every field of either. Does not know calls, statuses or streams. What comes in is checked here as far as the
+message alone can tell; what it means for the swarm is checked by the driver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from moshpitd.averaging.errors import InvalidInput
+from moshpitd.averaging.receipt import Outcome, Receipt, RoundReceipt
+from moshpitd.averaging.session import (
+    LONELY_WAIT_DEFAULT_S,
+    NAME_DEFAULT,
+    TIMEOUT_DEFAULT_S,
+    Call,
+    SessionOptions,
+)
+from moshpitd.averaging.vector import Layout, TensorSpec
+from moshpitd.driver import PeerLine, SessionLine
+from moshpitd.local.v1 import daemon_pb2 as pb
+
+SESSION_NAME_BYTES_MAX = 128
+ROUNDS_MAX = 64
+"""Rounds an averaging; a grid of 64 axes has more cells than there are machines."""
+
+_DTYPES = {
+    pb.DATA_TYPE_UNSPECIFIED: "of no given type",
+    pb.DATA_TYPE_FLOAT64: "float64",
+    pb.DATA_TYPE_FLOAT32: "float32",
+    pb.DATA_TYPE_FLOAT16: "float16",
+    pb.DATA_TYPE_BFLOAT16: "bfloat16",
+}
+_JOININGS = {
+    pb.JOINING_UNSPECIFIED: "receive",
+    pb.JOINING_RECEIVE: "receive",
+    pb.JOINING_CONTRIBUTE: "contribute",
+}
+_OUTCOMES = {
+    Outcome.COMPLETE: pb.OUTCOME_COMPLETE,
+    Outcome.PARTIAL: pb.OUTCOME_PARTIAL,
+    Outcome.ALONE: pb.OUTCOME_ALONE,
+}
+
+
+class ConfigLine(Protocol):
+    """A setting in force; name, value and where it came from, for people."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+
+
+class DaemonInfo(Protocol):
+    """What the daemon as a whole says of itself; read at every GetStatus and GetConfig."""
+
+    @property
+    def ready(self) -> bool:
+        """Part of its swarm, taking rounds."""
+        ...
+
+    @property
+    def waiting_for(self) -> str:
+        """What it waits for while not ready, in words."""
+        ...
+
+    @property
+    def peer_id(self) -> str: ...
+    @property
+    def swarm(self) -> str: ...
+    @property
+    def listen(self) -> str:
+        """HOST:PORT with the real port."""
+        ...
+
+    @property
+    def announce(self) -> str:
+        """HOST:PORT that others dial; empty when there is none."""
+        ...
+
+    @property
+    def peers(self) -> int:
+        """Other daemons known to be alive."""
+        ...
+
+    @property
+    def version(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def uptime_s(self) -> float: ...
+    @property
+    def dialable(self) -> bool | None:
+        """Whether other peers can dial us; None while unknown."""
+        ...
+
+    @property
+    def config_values(self) -> Sequence[ConfigLine]:
+        """Every setting, in the order of the documentation."""
+        ...
+
+
+def session_options(request: pb.OpenSessionRequest) -> SessionOptions:
+    """Raises InvalidInput."""
+    name = request.name or NAME_DEFAULT
+    if len(name.encode()) > SESSION_NAME_BYTES_MAX:
+        raise InvalidInput(f"session name {name[:40]!r}... is longer than {SESSION_NAME_BYTES_MAX} bytes: shorten it")
+    if request.rounds > ROUNDS_MAX:
+        raise InvalidInput(f"{request.rounds} rounds an averaging are over {ROUNDS_MAX}: give fewer, or 0 for auto")
+    if request.joining not in _JOININGS:
+        raise InvalidInput(f"joining {request.joining} is unknown: give receive or contribute")
+    wait = request.lonely_wait_seconds
+    if not (math.isfinite(wait) and wait >= 0):
+        raise InvalidInput(f"lonely_wait {wait} is no duration: give seconds, 0 for the default")
+    specs = (
+        TensorSpec(tensor.name, tuple(tensor.shape), _DTYPES.get(tensor.data_type, f"data type {tensor.data_type}"))
+        for tensor in request.tensors
+    )
+    return SessionOptions(
+        layout=Layout.of(specs),
+        name=name,
+        rounds=request.rounds,
+        codec=request.codec or "float32",
+        min_peers=max(1, request.min_peers),
+        joining=_JOININGS[request.joining],
+        lonely_wait_s=wait or LONELY_WAIT_DEFAULT_S,
+    )
+
+
+def average_call(start: pb.AverageStart) -> Call:
+    """Raises InvalidInput."""
+    weight = start.weight if start.HasField("weight") else 1.0
+    if not (math.isfinite(weight) and weight >= 0):
+        raise InvalidInput(f"weight {weight} is not finite and at least 0: give the number of samples, say")
+    timeout = start.timeout_seconds if start.HasField("timeout_seconds") else TIMEOUT_DEFAULT_S
+    if not (math.isfinite(timeout) and timeout > 0):
+        raise InvalidInput(f"timeout {timeout} is not finite and above 0: give seconds")
+    return Call(weight, timeout, start.epoch if start.HasField("epoch") else None)
+
+
+def receipt_message(session: str, receipt: Receipt) -> pb.Receipt:
+    return pb.Receipt(
+        outcome=_OUTCOMES[receipt.outcome],
+        epoch=receipt.epoch,
+        joined=receipt.joined,
+        weight_total=receipt.weight_total,
+        peers=receipt.peers,
+        digest=receipt.digest,
+        why=receipt.why,
+        seconds=pb.Seconds(
+            matchmaking=receipt.seconds_matchmaking, reduce=receipt.seconds_reduce, total=receipt.seconds_total
+        ),
+        bytes=pb.Traffic(sent=receipt.bytes_sent, received=receipt.bytes_received),
+        grid=receipt.grid,
+        rounds=map(_round_message, receipt.rounds),
+        session=session,
+    )
+
+
+def _round_message(round_: RoundReceipt) -> pb.Round:
+    return pb.Round(
+        round=round_.round,
+        axis=round_.axis,
+        outcome=_OUTCOMES[round_.outcome],
+        group_id=round_.group_id,
+        digest=round_.digest,
+        leader=round_.leader,
+        rank=round_.rank,
+        codec=round_.codec,
+        transport=round_.transport,
+        members=[pb.Member(peer=line.peer, weight=line.weight, coordinate=line.coordinate) for line in round_.members],
+        spans=[
+            pb.Span(reducer=line.reducer, start=line.start, stop=line.stop, contributors=line.contributors)
+            for line in round_.spans
+        ],
+        dropped=[pb.Dropped(peer=line.peer, why=line.why) for line in round_.dropped],
+        why=round_.why,
+        weight_after=round_.weight_after,
+        seconds=pb.Seconds(
+            matchmaking=round_.seconds_matchmaking,
+            reduce=round_.seconds_reduce,
+            total=round_.seconds_matchmaking + round_.seconds_reduce,
+        ),
+        bytes=pb.Traffic(sent=round_.bytes_sent, received=round_.bytes_received),
+    )
+
+
+def rounds_message(receipts: Iterable[tuple[str, Receipt]], bytes_max: int) -> pb.ListRoundsResponse:
+    """Newest first, as many as fit."""
+    response = pb.ListRoundsResponse()
+    size = 0
+    for session, receipt in receipts:
+        message = receipt_message(session, receipt)
+        size += message.ByteSize() + 16
+        if size > bytes_max:
+            break
+        response.receipts.append(message)
+    return response
+
+
+def status_message(info: DaemonInfo, sessions: Iterable[SessionLine], *, draining: bool) -> pb.GetStatusResponse:
+    return pb.GetStatusResponse(
+        ready=info.ready,
+        peer_id=info.peer_id,
+        swarm=info.swarm,
+        listen=info.listen,
+        announce=info.announce,
+        peers=info.peers,
+        sessions=map(_session_message, sessions),
+        waiting_for=info.waiting_for,
+        version=info.version,
+        pid=info.pid,
+        uptime_seconds=info.uptime_s,
+        draining=draining,
+        dialable=info.dialable,
+    )
+
+
+def _session_message(line: SessionLine) -> pb.SessionStatus:
+    return pb.SessionStatus(
+        session_id=line.session_id,
+        name=line.options.name,
+        state=line.status.state,
+        waiting_for=line.status.waiting_for,
+        epoch=line.status.epoch,
+        grid=line.status.grid,
+        cell=line.status.cell,
+        live_sessions=line.status.live_sessions,
+        vector_bytes=line.options.layout.byte_size,
+        averagings=line.status.averagings,
+        codec=line.options.codec,
+    )
+
+
+def peers_message(peers: Iterable[PeerLine]) -> pb.ListPeersResponse:
+    return pb.ListPeersResponse(
+        peers=[
+            pb.Peer(
+                peer_id=line.peer,
+                address=line.address,
+                state=line.state,
+                sessions=line.sessions,
+                seconds_since_heard=line.heard_s_ago,
+            )
+            for line in peers
+        ]
+    )
+
+
+def config_message(values: Iterable[ConfigLine]) -> pb.GetConfigResponse:
+    return pb.GetConfigResponse(
+        values=[pb.ConfigValue(name=line.name, value=line.value, source=line.source) for line in values]
+    )

@@ -1,0 +1,59 @@
+"""Where channels and ports between daemons are made: the one place for credentials, limits and transport settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConfig:
+    """How daemons talk."""
+
+    message_bytes_max: int = (4 << 20) + 1024
+    """The largest message taken: the largest chunk and its header. It guards our memory; never unlimited."""
+    lookahead_bytes: int = 4 << 20
+    """How far a stream may run ahead of its reader. 16 MiB fills long fat links and costs 50 MB more in a round."""
+    dial_timeout_s: float = 5.0
+    """How long connecting and the hello may take."""
+    keepalive_s: float = 10.0
+    """A connection without traffic is probed this often, and given up after half of it without an answer."""
+    outbox_max: int = 1024
+    """Messages that wait for one peer. A peer that reads slower than this is cut off."""
+    conversations_max: int = 2048
+    """Conversations held at once; further ones are refused."""
+    strangers_max: int = 64
+    """Transfers that may wait for a group we have not heard of yet."""
+    stranger_patience_s: float = 15.0
+    """... and for how long."""
+
+
+def _options(config: PeerConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.message_bytes_max),
+        ("grpc.max_send_message_length", config.message_bytes_max),
+        ("grpc.http2.lookahead_bytes", config.lookahead_bytes),
+        ("grpc.keepalive_time_ms", int(config.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(config.keepalive_s * 500)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(config.keepalive_s * 500)),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(config.keepalive_s * 250)),
+    ]
+
+
+def dial(address: str, config: PeerConfig) -> grpc.aio.Channel:
+    """A channel to another daemon. Connects when it is first used."""
+    return grpc.aio.insecure_channel(address, options=[*_options(config), ("grpc.enable_retries", 0)])
+
+
+def new_server(config: PeerConfig) -> grpc.aio.Server:
+    """A server for other daemons. Ports are never shared: two daemons on one port must not go unnoticed."""
+    return grpc.aio.server(options=[*_options(config), ("grpc.so_reuseport", 0)])
+
+
+def listen(server: grpc.aio.Server, address: str) -> int:
+    """Bind a port; returns its number, 0 when it is taken. Raises RuntimeError for an address that is none of ours."""
+    return server.add_insecure_port(address)

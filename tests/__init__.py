@@ -1,0 +1,1 @@
+"""What moshpitd promises, told as stories; laid out as the source is."""

@@ -1,0 +1,140 @@
+"""How long announcing and looking up take over real sockets, under loss: `python -m tests.benchmarks.directory`.
+
+All nodes live in this process, so the figures include every node's work on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import resource
+import statistics
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from moshpitd.averaging.names import key
+from moshpitd.directory import Address, DatagramSocket, Directory, DirectoryConfig
+from moshpitd.identity import Identity
+
+BODY = bytes(110)
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """Median, 99th percentile and maximum, in milliseconds."""
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return {
+        "p50_ms": round(cuts[49] * 1e3, 2),
+        "p99_ms": round(cuts[98] * 1e3, 2),
+        "max_ms": round(max(seconds) * 1e3, 2),
+    }
+
+
+async def measure(nodes: int, loss: float, keys: int, group: int, seed: int, idle_s: float) -> dict[str, object]:
+    """Every key is announced by a whole group at once, then looked up by it one after another."""
+    rng = random.Random(seed)
+    is_lossy = False
+
+    def drop(datagram: bytes, to: Address) -> bool:
+        return is_lossy and rng.random() < loss
+
+    async with AsyncExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directories: list[Directory] = []
+        begun = time.perf_counter()
+        for index in range(nodes):
+            socket = await DatagramSocket.open("127.0.0.1", 0, drop=drop)
+            stack.callback(socket.close)
+            if not directories:
+                first = str(socket.address)
+            directory = await Directory.open(
+                Identity.open(scratch / str(index)),
+                b"benchmark",
+                socket,
+                join=[first] if directories else [],
+                config=DirectoryConfig(),
+                rng=random.Random(seed + index),
+            )
+            stack.push_async_callback(directory.close)
+            await directory.wait_ready()
+            directories.append(directory)
+        joined_s = time.perf_counter() - begun
+        for _ in range(200):
+            if all(len(directory.neighbours()) >= min(nodes, 21) - 1 for directory in directories):
+                break
+            await asyncio.sleep(0.05)
+
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        await asyncio.sleep(idle_s)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        idle = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / idle_s / nodes
+
+        is_lossy = True
+        announced: list[float] = []
+        looked_up: list[float] = []
+        missed = 0
+
+        async def announce(member: Directory, index: int) -> None:
+            begun = time.perf_counter()
+            await member.announce(key("benchmark", seed, index), "bench", BODY, 60.0, keep=False)
+            announced.append(time.perf_counter() - begun)
+
+        for index in range(keys):
+            members = rng.sample(directories, min(group, nodes))
+            await asyncio.gather(*(announce(member, index) for member in members))
+            for member in members:
+                begun = time.perf_counter()
+                roster = await member.look_up(key("benchmark", seed, index), "bench")
+                looked_up.append(time.perf_counter() - begun)
+                missed += len(members) - len(roster)
+        counters = [directory.counters for directory in directories]
+        return {
+            "nodes": nodes,
+            "loss": loss,
+            "join_all_s": round(joined_s, 2),
+            "announce": quantiles(announced),
+            "look_up": quantiles(looked_up),
+            "records_missed": missed,
+            "records_expected": keys * len(members) ** 2,
+            "evictions": sum(counter.evictions for counter in counters),
+            "silences": sum(counter.silences for counter in counters),
+            "requests": sum(counter.requests for counter in counters),
+            "retransmissions": sum(counter.retransmissions for counter in counters),
+            "idle_core_share_per_node": round(idle, 5),
+        }
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nodes", type=int, default=24)
+    parser.add_argument("--loss", type=float, default=0.03, help="part of all datagrams that is dropped")
+    parser.add_argument("--keys", type=int, default=60)
+    parser.add_argument("--group", type=int, default=4, help="peers that announce under one key")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--idle", type=float, default=5.0, help="seconds to measure idleness for")
+    parser.add_argument("--event-loop", choices=("asyncio", "uvloop"), default="asyncio")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.event_loop == "uvloop":
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    else:
+        factory = asyncio.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        figures = runner.run(
+            measure(arguments.nodes, arguments.loss, arguments.keys, arguments.group, arguments.seed, arguments.idle)
+        )
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:26} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The local door against a scripted driver."""

@@ -1,0 +1,206 @@
+"""A driver and a daemon's account of itself that do what the session's name says.
+
+A result is twice the contribution. Session names: `alone` ends alone, `nobody` finds no group, `taken` is taken,
+`waits` tells what it waits for and waits until it is cancelled or its session is closed, `buggy` has a bug, `dies`
+kills the whole process with the result half sent, `gathers` sees one more live session at every look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moshpitd.averaging.errors import NoGroup, Precondition
+from moshpitd.averaging.names import PeerId
+from moshpitd.averaging.receipt import DroppedLine, MemberLine, Outcome, Receipt, RoundReceipt, SpanLine
+from moshpitd.averaging.session import Call, SessionOptions, SessionStatus
+from moshpitd.averaging.vector import DTYPES, Vector
+from moshpitd.driver import Averaged, PeerLine, ProgressNote, SessionLine
+
+ME, OTHER, LOST = (PeerId(digit * 64) for digit in "123")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A line of `config show`."""
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass
+class ScriptedInfo:
+    """Its fields are those of `moshpitd.local.translate.DaemonInfo`."""
+
+    ready: bool = True
+    waiting_for: str = ""
+    peer_id: str = ME
+    swarm: str = "test"
+    listen: str = "127.0.0.1:7600"
+    announce: str = ""
+    peers: int = 2
+    version: str = "0.0.0"
+    pid: int = field(default_factory=os.getpid)
+    uptime_s: float = 1.5
+    dialable: bool | None = None
+    config_values: tuple[Setting, ...] = (Setting("swarm", "test", "flag"), Setting("grid", "auto", "default"))
+
+
+def receipt(outcome: Outcome, vector: Vector, weight: float) -> Receipt:
+    alone = outcome is Outcome.ALONE
+    line = RoundReceipt(
+        averaging=7,
+        round=0,
+        axis=1,
+        outcome=outcome,
+        group_id=b"\x01" * 16,
+        digest=b"\x02" * 32,
+        leader=OTHER,
+        rank=0,
+        codec="float32",
+        transport="grpc",
+        members=(MemberLine(ME, weight), MemberLine(OTHER, 2.0, 1)),
+        spans=(SpanLine(ME, 0, vector.layout.elements, (ME, OTHER)),),
+        dropped=(DroppedLine(LOST, "its stream broke"),),
+        why="one was dropped",
+        weight_after=1.5,
+        seconds_matchmaking=0.25,
+        seconds_reduce=0.5,
+        bytes_sent=10,
+        bytes_received=20,
+    )
+    return Receipt(
+        outcome=outcome,
+        epoch=7,
+        joined=False,
+        weight_total=weight + 2.0,
+        peers=() if alone else (OTHER,),
+        digest=b"" if alone else b"\x02" * 32,
+        why="nobody else" if alone else "",
+        seconds_matchmaking=0.25,
+        seconds_reduce=0.5,
+        seconds_total=0.75,
+        bytes_sent=10,
+        bytes_received=20,
+        grid="2x4",
+        rounds=() if alone else (line,),
+    )
+
+
+class ScriptedDriver:
+    """Its methods are those of `moshpitd.driver.Driver`. `tell` hears of everything that happens, one line each."""
+
+    def __init__(self, tell: Callable[[str], None] = lambda line: None) -> None:
+        self.draining = False
+        self.opened: dict[str, SessionOptions] = {}
+        self.calls: list[Call] = []
+        self.vectors: list[Vector] = []
+        self._closed: dict[str, asyncio.Event] = {}
+        self._finished: list[tuple[str, Receipt]] = []
+        self._ids = itertools.count(1)
+        self._looks = itertools.count(1)
+        self._happened: list[str] = []
+        self._news = asyncio.Condition()
+        self._tell = tell
+
+    async def open_session(self, options: SessionOptions) -> str:
+        if options.name == "taken":
+            raise Precondition("session 'taken' is open already: give another name")
+        session_id = f"s{next(self._ids)}"
+        self.opened[session_id] = options
+        self._closed[session_id] = asyncio.Event()
+        await self._note(f"opened {options.name}")
+        return session_id
+
+    async def close_session(self, session_id: str) -> None:
+        if options := self.opened.pop(session_id, None):
+            self._closed.pop(session_id).set()
+            await self._note(f"closed {options.name}")
+
+    async def average(
+        self, session_id: str, call: Call, vector: Vector, progress: Callable[[ProgressNote], None]
+    ) -> Averaged:
+        options = self.opened[session_id]
+        self.calls.append(call)
+        self.vectors.append(vector)
+        match options.name:
+            case "nobody":
+                raise NoGroup("1 of 8 peers was here: start the others")
+            case "buggy":
+                raise AssertionError("two and two are five")
+            case "waits":
+                progress(ProgressNote("1 of 2 peers here, waiting for 1 more, 9 s left", 0.5))
+                await self._note("waiting")
+                try:
+                    await self._closed[session_id].wait()
+                except asyncio.CancelledError:
+                    await self._note("detached")
+                    raise
+                raise Precondition("the session was closed")
+        outcome = Outcome.ALONE if options.name == "alone" else Outcome.COMPLETE
+        done = receipt(outcome, vector, call.weight)
+        self._finished.insert(0, (options.name, done))
+        return Averaged(done, vector if outcome is Outcome.ALONE else _doubled(vector, dying=options.name == "dies"))
+
+    def sessions(self) -> list[SessionLine]:
+        live = next(self._looks)
+        return [
+            SessionLine(
+                session_id,
+                options,
+                SessionStatus("idle", "", 7, "2x4", (1, 3), live if options.name == "gathers" else 2, {"complete": 3}),
+            )
+            for session_id, options in self.opened.items()
+        ]
+
+    def peers(self) -> list[PeerLine]:
+        return [
+            PeerLine(OTHER, "192.0.2.7:7600", "live", ("default",), 0.5),
+            PeerLine(LOST, "", "suspect", (), None),
+        ]
+
+    def receipts(self, *, limit: int, epoch: int | None) -> list[tuple[str, Receipt]]:
+        return [line for line in self._finished if epoch in (None, line[1].epoch)][:limit]
+
+    async def happened(self, line: str) -> None:
+        """Wait until it did."""
+        async with self._news, asyncio.timeout(20):
+            await self._news.wait_for(lambda: line in self._happened)
+
+    async def _note(self, line: str) -> None:
+        self._tell(line)
+        async with self._news:
+            self._happened.append(line)
+            self._news.notify_all()
+
+
+def _doubled(vector: Vector, *, dying: bool) -> Vector:
+    buffer = np.empty_like(vector.buffer)
+    for segment in vector.layout.segments:
+        size = (segment.stop - segment.start) * DTYPES[segment.dtype].itemsize
+        place = slice(segment.byte_start, segment.byte_start + size)
+        dtype = DTYPES[segment.dtype]
+        buffer[place].view(dtype)[...] = vector.buffer[place].view(dtype) * dtype.type(2)
+    return Vector(vector.layout, buffer.view(_Dying) if dying else buffer)
+
+
+class _Dying(np.ndarray):
+    """A result whose third chunk is never read."""
+
+    @property
+    def data(self) -> _DyingBytes:  # type: ignore[override]
+        return _DyingBytes(self.tobytes())
+
+
+class _DyingBytes(bytes):
+    def __getitem__(self, place: slice) -> bytes:  # type: ignore[override]
+        if place.start >= 2 << 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(place)
