@@ -345,6 +345,7 @@ class Running:
         self._driver = driver
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._due: float | None = None
         self._carrying = False
         self._waiting: dict[str, Announce] = {}
         """Per slot the announcement to make when the one in flight is over: the newest wins."""
@@ -396,16 +397,15 @@ class Running:
 
     def _set_timer(self) -> None:
         due = None if self._stopped else self.machine.next_deadline()
+        if due == self._due:
+            return
         if self._timer is not None:
-            if due is not None and self._timer.when() == due and not self._timer.cancelled():
-                return
             self._timer.cancel()
-            self._timer = None
-        if due is not None:
-            self._timer = self._loop.call_at(due, self._ring)
+        self._due = due
+        self._timer = None if due is None else self._loop.call_at(due, self._ring)
 
     def _ring(self) -> None:
-        self._timer = None
+        self._timer = self._due = None
         self.feed(self.machine.handle_timer)
 
     def _carry_out(self, effect: Effect) -> None:

@@ -38,7 +38,7 @@ from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenS
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.messages import Chunk, Group, Heartbeat, Holdings, Ready, ReductionMessage, Suspect, View
 from moshpitd.averaging.names import Rank, digest, short
-from moshpitd.averaging.partition import Piece, pieces_of
+from moshpitd.averaging.partition import ALIGNMENT, Piece, pieces_of
 from moshpitd.averaging.receipt import DroppedLine, SpanLine
 from moshpitd.averaging.vector import DTYPES, Floats, Vector, first_non_finite
 
@@ -111,7 +111,7 @@ class AllReduce:
         self._owner: list[Rank] = [piece.reducer for piece in self._pieces]
         self._made_in = [NOT_HELD] * count
         self._maker: list[Rank] = list(self._owner)
-        self._checksum = [0] * count
+        self._checksum = [b""] * count
         self._present: list[tuple[Rank, ...]] = [()] * count
         self._missing = count
         self._inbox: list[dict[Rank, bytes | memoryview]] = [{} for _ in range(count)]
@@ -260,6 +260,8 @@ class AllReduce:
         """This member does not go on, as the door, a timer or another member found out."""
         if rank not in self._live or rank == self.rank or rank in self._suspected or self.state is State.FAILED:
             return
+        if self.state is State.READY and rank in self._ready:
+            return  # it said all we need of it, and may have committed and left
         self._suspected[rank] = why
         self._log(f"suspects {self._name(rank)}: {why}")
         self._open_or_ask_for_view(rank, now)
@@ -395,7 +397,7 @@ class AllReduce:
         self._compute(index, job, piece.byte_size, partial(self._decoded, chunk, sender, self._view))
 
     def _decoded(self, chunk: Chunk, sender: Rank, view: int, value: object) -> None:
-        assert isinstance(value, int | str)
+        assert isinstance(value, bytes | str)
         if isinstance(value, str):
             self._accuse(sender, value)
         elif view == self._view:
@@ -403,7 +405,7 @@ class AllReduce:
             maker = first_made_by if chunk.decoded and chunk.made_in == 0 else sender
             self._hold(chunk.index, made_in=chunk.made_in, maker=maker, present=chunk.contributors, checksum=value)
 
-    def _hold(self, index: int, *, made_in: int, maker: Rank, present: tuple[Rank, ...], checksum: int) -> None:
+    def _hold(self, index: int, *, made_in: int, maker: Rank, present: tuple[Rank, ...], checksum: bytes) -> None:
         assert self._made_in[index] == NOT_HELD
         self._made_in[index] = made_in
         self._maker[index] = maker
@@ -441,9 +443,7 @@ class AllReduce:
         if self.state is not State.EXCHANGING or self._missing or self._jobs:
             return
         self.state = State.READY
-        self._digest = digest(
-            "averages", self._codec.name, *(value for index, value in enumerate(self._checksum) for value in (index, value))
-        )
+        self._digest = digest("averages", self._codec.name, b"".join(self._checksum))
         self._ready[self.rank] = self._digest
         self._tell_live(Ready(self.group.group_id, self._view, self._digest))
         self._commit_if_all_ready(now)
@@ -723,7 +723,7 @@ class Reduced:
     """An average: its code for the others, the checksum of what the code decodes to."""
 
     code: bytes
-    checksum: int
+    checksum: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -787,10 +787,10 @@ def reduce_chunk(
         average = total if total.dtype == dtype else total.astype(dtype)
     code = codec.encode(average)
     output[:] = codec.decode(code, dtype, elements)
-    return Reduced(code, zlib.crc32(output.view(np.uint8).data))
+    return Reduced(code, checksums(output))
 
 
-def decode_average(piece: Piece, payload: bytes | memoryview, codec: Codec | None, output: Floats) -> int | str:
+def decode_average(piece: Piece, payload: bytes | memoryview, codec: Codec | None, output: Floats) -> bytes | str:
     """Write an average to `output`; the checksum of the values, or why it is refused. `codec` None: sent decoded."""
     elements = piece.stop - piece.start
     if codec is None and len(payload) != output.nbytes:
@@ -803,4 +803,12 @@ def decode_average(piece: Piece, payload: bytes | memoryview, codec: Codec | Non
     if bad is not None:
         return f"sent an average with {values[bad]} at element {piece.start + bad}"
     output[:] = values
-    return zlib.crc32(output.view(np.uint8).data)
+    return checksums(output)
+
+
+def checksums(values: Floats) -> bytes:
+    """A CRC-32 for each ALIGNMENT elements. Chunks start at multiples of it, so however a vector is cut into chunks,
+    equal values give equal checksums: groups of different sizes can be compared."""
+    raw = values.view(np.uint8).data
+    step = ALIGNMENT * values.dtype.itemsize
+    return b"".join(zlib.crc32(raw[at : at + step]).to_bytes(4, "big") for at in range(0, len(raw), step))

@@ -190,9 +190,9 @@ class Membership:
         held = sorted((known.lease.k for known in self.others().values()), reverse=True)
         return held[min(1, len(held) - 1)] if held else 0
 
-    def has_history(self) -> bool:
-        """Whether somebody else took part in an averaging already."""
-        return any(known.lease.last_k >= 0 for known in self.others().values())
+    def has_history(self, before: int) -> bool:
+        """Whether somebody else took part in an averaging before this one."""
+        return any(0 <= known.lease.last_k < before for known in self.others().values())
 
     # ---- plans
 
@@ -255,7 +255,8 @@ class Membership:
             version=newest.plan.version + 1 if newest else 1,
             sides=sides,
             terms=self._terms.digest,
-            first_k=current + FIRST_K_LEAD if newest or self.has_history() else 0,
+            # Without any plan nobody can be in an averaging: the first one holds at once.
+            first_k=current + FIRST_K_LEAD if newest else 0,
             roster=roster,
             signer=self._me,
         )
@@ -350,7 +351,7 @@ class Membership:
 
     def expected(self, line: dict[PeerId, Known], k: int) -> tuple[PeerId, ...]:
         """Who of the line is waited for: everybody who takes part regularly; at the very first, everybody."""
-        first = not self.has_history()
+        first = not self.has_history(k)
         return tuple(
             sorted(
                 peer

@@ -60,7 +60,7 @@ class RoundReceipt:
     group_id: bytes
     """hash(group id, survivors): same id, same bits. Empty when alone."""
     digest: bytes
-    """Over the decoded averages of all chunks: equal at all members of the group. Empty when alone."""
+    """Over the decoded averages: equal exactly where the bits are, in whatever group. Empty when alone."""
     leader: PeerId
     rank: int
     codec: str

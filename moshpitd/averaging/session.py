@@ -474,13 +474,13 @@ class Session:
         swarm_k = self._members.current_k()
         if call.epoch is None:
             return max(self._next_k, swarm_k)
-        counting = self._members.has_history() or self._last_k >= 0
         newest = max(swarm_k, self._next_k)
+        counting = self._members.has_history(newest + 1) or self._last_k >= 0
         if counting and call.epoch > newest + self._config.epochs_ahead_max:
             raise Precondition(f"epoch {call.epoch} is far above the swarm's {newest}: check the number you pass")
         if call.epoch <= self._last_k:
             raise Precondition(f"epoch {call.epoch} is over: the next one of this session is {self._next_k}")
-        if self._members.has_history() and call.epoch + 2 <= swarm_k:
+        if counting and call.epoch + 2 <= swarm_k:
             raise Precondition(f"epoch {call.epoch} is over: the swarm is at {swarm_k}; leave the epoch out to join it")
         return call.epoch
 
@@ -512,7 +512,7 @@ class Session:
             return
         current.k = self._choose_k_again(current)
         newcomer = self._last_k < 0 and self.options.joining == "receive"
-        current.joined = newcomer and self._members.has_history()
+        current.joined = newcomer and self._members.has_history(current.k)
         current.weight = 0.0 if current.joined else current.call.weight
         self._begin_round(now)
 
@@ -715,7 +715,7 @@ class Session:
         if self._here.dialable:
             candidates.append(Candidate(self._here.peer, self._here.address))
         expected = self._members.expected(line, round_.k)
-        if self._last_k >= 0 or not self._members.has_history():
+        if self._last_k >= 0 or not self._members.has_history(round_.k):
             expected = (*expected, self._here.peer)
         matchmaking.update(candidates, expected, self._grace_s(), now)
 
@@ -802,8 +802,6 @@ class Session:
         rank = group.rank_of(self._here.peer)
         assert rank is not None
         self._offsets.extend(group.arrival_offsets_s)
-        for member in group.members:
-            self._members.took_part(member.peer, current.k)
         for absent in group.absent:
             self._members.missed(absent.peer)
         if len(self._reductions) >= REDUCTIONS_MAX:
@@ -863,7 +861,6 @@ class Session:
             coordinates = [member.coordinate for member in group.members]
             current.values, current.spare = self._spare_in_use, current.values if current.changed else None
             current.changed = True
-            self._last_k = max(self._last_k, current.k)
             current.rounds.append(self._receipt_of(reduction, carried_weight(weights, coordinates, reduction.rank), now))
             current.weight = current.rounds[-1].weight_after
         else:
@@ -957,9 +954,11 @@ class Session:
     def _conclude(self, receipt: Receipt, now: float) -> None:
         current = self._current
         assert current is not None
+        for peer in receipt.peers:
+            self._members.took_part(peer, current.k)
         newest = self._members.newest_plan()
         if receipt.outcome is not Outcome.ALONE:
-            self._next_k = current.k + 1
+            self._last_k, self._next_k = current.k, current.k + 1
         elif newest and newest.plan.first_k > self._next_k and self._members.live_count() > 1:
             # Nobody of our lines is left, so k stands still here: meet the others where the next plan begins.
             self._next_k = newest.plan.first_k

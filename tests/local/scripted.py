@@ -143,6 +143,8 @@ class ScriptedDriver:
                 except asyncio.CancelledError:
                     await self._note("detached")
                     raise
+                finally:
+                    await self._note("averaging over")
                 raise Precondition("the session was closed")
         outcome = Outcome.ALONE if options.name == "alone" else Outcome.COMPLETE
         done = receipt(outcome, vector, call.weight)

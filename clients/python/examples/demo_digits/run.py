@@ -105,7 +105,7 @@ class Processes:
         log = self.logs / f"{name}.log"
         # One thread each: eight times all cores' worth of BLAS threads would only be in each other's way.
         environ = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *map(str, arguments),

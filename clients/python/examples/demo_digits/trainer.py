@@ -38,13 +38,13 @@ def main() -> None:
     network = Network()
     draws = batches(pixels, labels, BATCH, arguments.seed)
 
-    def train_and_average(session: moshpit_client.Session, number: int) -> None:
+    def train_and_average(session: moshpit_client.Session, number: int, epoch: int) -> None:
         for _ in range(arguments.local_steps):
             network.step(*next(draws))
         before = network.vector()
-        receipt = session.average(weight=float(len(labels)), timeout=arguments.timeout)
+        receipt = session.average(weight=float(len(labels)), timeout=arguments.timeout, epoch=epoch)
         np.save(arguments.record / f"averaging-{number:03}.npy", np.stack([before, network.vector()]))
-        first = next(iter(receipt.rounds), None)
+        first = receipt.rounds[0] if receipt.outcome != "alone" else None
         report = {
             "event": "averaging",
             "number": number,
@@ -58,13 +58,14 @@ def main() -> None:
         print(json.dumps(report), flush=True)
 
     with moshpit_client.connect(arguments.socket) as daemon:
-        # One Moshpit round an averaging: groups along one axis of the grid now, along the other the next time.
+        # One Moshpit round an averaging: groups along one axis of the grid now, along the other the next time. Whoever
+        # is a little late is to meet the others of its step and not those of the next, so the trainers count together.
         with daemon.open_session(network.parameters, min_peers=arguments.peers, rounds=1, name="training") as session:
             for number in range(arguments.averagings):
-                train_and_average(session, number)
+                train_and_average(session, number, epoch=number)
         # As many rounds as the grid has axes: the exact mean, and so the same model everywhere.
         with daemon.open_session(network.parameters, min_peers=arguments.peers, rounds="auto", name="final") as session:
-            train_and_average(session, arguments.averagings)
+            train_and_average(session, arguments.averagings, epoch=0)
     print(json.dumps({"event": "finished"}), flush=True)
 
 
