@@ -1,6 +1,6 @@
 """From a Group and a vector to the averaged vector: reduce-scatter, all-gather, agreement.
 
-Knows chunks, views and who owes what. Does not know how the group was found, what a round is part of, sockets or clocks.
+Knows chunks, views and who owes what. Does not know how the group was found, what a round is part of, or the clock.
 
 Each piece of the vector has an owner, at first the reducer of its span. Members send the owner their contribution; when
 all of them are there the owner reduces, in the order of rank and never of arrival, encodes the average once and sends
@@ -60,6 +60,8 @@ class AllReduceConfig:
 
 
 class State(Enum):
+    """See the table above."""
+
     EXCHANGING = "exchanging"
     AGREEING = "agreeing"
     READY = "ready"
@@ -80,7 +82,15 @@ class AllReduce:
     """One member's part in one group. `values` is read until the commit, `result` written; they must not overlap."""
 
     def __init__(
-        self, group: Group, rank: Rank, *, values: Vector, result: Vector, codec: Codec, config: AllReduceConfig, now: float
+        self,
+        group: Group,
+        rank: Rank,
+        *,
+        values: Vector,
+        result: Vector,
+        codec: Codec,
+        config: AllReduceConfig,
+        now: float,
     ) -> None:
         self.group = group
         self.rank = rank
@@ -353,7 +363,10 @@ class AllReduce:
         job = partial(
             reduce_chunk,
             piece,
-            [(self.group.members[r].coordinate, self._weights[r], None if r == self.rank else inbox[r]) for r in present],
+            [
+                (self.group.members[r].coordinate, self._weights[r], None if r == self.rank else inbox[r])
+                for r in present
+            ],
             self._values.elements(piece.start, piece.stop),
             self._result.elements(piece.start, piece.stop),
             self._codec,
@@ -383,7 +396,9 @@ class AllReduce:
         if chunk.view < self._view or self._made_in[index] != NOT_HELD or index in self._reducing:
             return
         if self._owner[index] != sender:
-            raise RemoteProtocolError(f"{self._name(sender)} sent the average of chunk {index}, which is not its to send")
+            raise RemoteProtocolError(
+                f"{self._name(sender)} sent the average of chunk {index}, which is not its to send"
+            )
         if not chunk.contributors or any(rank not in self._contributors for rank in chunk.contributors):
             raise RemoteProtocolError(f"an average of chunk {index} by impossible contributors")
         piece = self._pieces[index]
@@ -488,7 +503,9 @@ class AllReduce:
         for rank in owing:
             self._dropped.setdefault(rank, "had not finished when time ran out")
         names = ", ".join(self._name(rank) for rank in owing) or "nobody in particular"
-        self._become_failed(f"time ran out with {self._missing} of {len(self._pieces)} chunks missing; waited for {names}")
+        self._become_failed(
+            f"time ran out with {self._missing} of {len(self._pieces)} chunks missing; waited for {names}"
+        )
 
     # ---- progress of others
 
@@ -514,7 +531,8 @@ class AllReduce:
             return ""
         beat = self._beats[rank]
         patience = max(
-            self._config.beats_missed_max * self._config.heartbeat_s, self._config.slowest_chunk_factor * beat.slowest_chunk_s
+            self._config.beats_missed_max * self._config.heartbeat_s,
+            self._config.slowest_chunk_factor * beat.slowest_chunk_s,
         )
         silent, still = now - beat.heard_at, now - beat.moved_at
         if silent >= patience:
@@ -542,9 +560,7 @@ class AllReduce:
         )
 
     def _owes_average(self, rank: Rank) -> bool:
-        return any(
-            owner == rank and made == NOT_HELD for owner, made in zip(self._owner, self._made_in, strict=True)
-        )
+        return any(owner == rank and made == NOT_HELD for owner, made in zip(self._owner, self._made_in, strict=True))
 
     # ---- views
 
@@ -796,7 +812,9 @@ def decode_average(piece: Piece, payload: bytes | memoryview, codec: Codec | Non
     if codec is None and len(payload) != output.nbytes:
         return f"served chunk {piece.index} with {len(payload)} bytes instead of {output.nbytes}"
     try:
-        values = np.frombuffer(payload, output.dtype) if codec is None else codec.decode(payload, output.dtype, elements)
+        values = (
+            np.frombuffer(payload, output.dtype) if codec is None else codec.decode(payload, output.dtype, elements)
+        )
     except RemoteProtocolError as wrong:
         return str(wrong)
     bad = first_non_finite(values)

@@ -24,7 +24,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """Make the record known under the key, and bring back who else is there. The newest of a slot replaces a waiting one."""
+    """Make the record known under the key, and bring back who else is there. The newest of a slot wins."""
 
     key: Key
     record: Record

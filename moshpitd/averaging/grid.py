@@ -74,7 +74,9 @@ class Plan:
     @cached_property
     def body(self) -> bytes:
         """What the signature covers."""
-        return digest("plan", self.version, self.grid, self.terms, self.first_k, roster_digest(self.roster), self.signer)
+        return digest(
+            "plan", self.version, self.grid, self.terms, self.first_k, roster_digest(self.roster), self.signer
+        )
 
     @property
     def digest(self) -> bytes:
@@ -251,7 +253,7 @@ def new_plan_due(plan: Plan, held: Iterable[Cell], limit: int, *, pinned: bool) 
 
 
 def parse_sides(text: str) -> tuple[int, ...]:
-    """"2x4" -> (2, 4). Raises ValueError that says what a grid looks like."""
+    """ "2x4" -> (2, 4). Raises ValueError that says what a grid looks like."""
     try:
         sides = tuple(int(part) for part in text.lower().split("x"))
     except ValueError:

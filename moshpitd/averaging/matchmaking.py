@@ -5,14 +5,14 @@ Knows candidates, leaders, joins, patience and grace. Does not know tensors, soc
 Candidates of a key are ordered by hash(key, peer id); the smallest live one leads. Everybody joins the first two at
 once; the leader closes the group when all who are expected are there, at the grace, or when the time is up.
 
-| state    | means                                                 | left by                                             |
-|----------|-------------------------------------------------------|-----------------------------------------------------|
-| KEEPING  | no trainer here yet; early joins are kept, even led   | seek() -> APPLYING or LEADING                       |
-| APPLYING | our join is out, nobody leads us yet                  | Kept by a leader -> WAITING; nobody left -> LEADING |
-| WAITING  | a leader keeps our join                               | Begin -> BOUND; the leader falls -> APPLYING        |
-| LEADING  | no live candidate is before us                        | everybody here, grace or time -> BOUND or ENDED     |
-| BOUND    | the group is closed and we are in it                  | (none; answers late joins)                          |
-| ENDED    | no group for us, `why` says why                       | (none; answers late joins)                          |
+| state    | means                                               | left by                                             |
+|----------|-----------------------------------------------------|-----------------------------------------------------|
+| KEEPING  | no trainer here yet; early joins are kept, even led | seek() -> APPLYING or LEADING                       |
+| APPLYING | our join is out, nobody leads us yet                | Kept by a leader -> WAITING; nobody left -> LEADING |
+| WAITING  | a leader keeps our join                             | Begin -> BOUND; the leader falls -> APPLYING        |
+| LEADING  | no live candidate is before us                      | everybody here, grace or time -> BOUND or ENDED     |
+| BOUND    | the group is closed and we are in it                | (none; answers late joins)                          |
+| ENDED    | no group for us, `why` says why                     | (none; answers late joins)                          |
 
 One that is bound sends Bound to any other Begin of the key. Two groups for one key cannot be excluded, because views
 differ; nobody is ever in both, and receipts tell.
@@ -99,6 +99,8 @@ class Round:
 
 
 class State(Enum):
+    """See the table above."""
+
     KEEPING = "keeping"
     APPLYING = "applying"
     WAITING = "waiting"
@@ -162,8 +164,10 @@ class Matchmaking:
 
     # ---- commands
 
-    def update(self, candidates: list[Candidate], expected: tuple[PeerId, ...], grace_s: float | None, now: float) -> None:
-        """Who could lead (in any order, ourselves only if dialable), who is waited for, and how long after the first."""
+    def update(
+        self, candidates: list[Candidate], expected: tuple[PeerId, ...], grace_s: float | None, now: float
+    ) -> None:
+        """Who could lead (in any order, ourselves only if dialable), who is waited for, how long after the first."""
         self._candidates = sorted(candidates, key=lambda c: leadership(self.round.key, c.peer))
         self._expected = expected
         self._grace_s = grace_s
@@ -272,7 +276,8 @@ class Matchmaking:
             case State.LEADING:
                 missing = [short(peer) for peer in self._expected if peer not in self._applications]
                 here = len(self._applications)
-                return f"{here} of {here + len(missing)} of the group here, waiting for {', '.join(missing[:4]) or 'nobody'}"
+                names = ", ".join(missing[:4]) or "nobody"
+                return f"{here} of {here + len(missing)} of the group here, waiting for {names}"
             case State.WAITING if self._target:
                 return f"{self._present} of {self._awaited} of the group here, {short(self._target.peer)} leads"
             case State.APPLYING if self._target:
@@ -378,8 +383,7 @@ class Matchmaking:
         rank = group.rank_of(self.round.me)
         if (
             rank is None
-            or group.rank_of(sender) is None
-            and sender != group.leader
+            or (group.rank_of(sender) is None and sender != group.leader)
             or group.members[rank].incarnation != self.round.incarnation
             or (group.k, group.j, group.axis) != (self.round.k, self.round.j, self.round.axis)
             or not is_sound(group, self.round.layout)
@@ -525,7 +529,9 @@ class Matchmaking:
                 self._become_ended(why, now)
             else:
                 to = Candidate(application.member.peer, application.member.address)
-                self._say(to, Closed(self.round.key, application.attempt, self.round.k, self.round.j, 0.0, self.round.k))
+                self._say(
+                    to, Closed(self.round.key, application.attempt, self.round.k, self.round.j, 0.0, self.round.k)
+                )
 
     def _answer_late(self, join: Join, now: float) -> None:
         for group in (self.group, *self._closed):
@@ -676,7 +682,8 @@ def is_sound(group: Group, layout: Layout) -> bool:
         and group.spans[-1] == layout.elements
         and list(group.spans) == sorted(group.spans)
         and all(
-            group.members[rank].dialable or group.spans[rank] == group.spans[rank + 1] for rank in range(len(group.members))
+            group.members[rank].dialable or group.spans[rank] == group.spans[rank + 1]
+            for rank in range(len(group.members))
         )
         and 0 < group.budget_s < float("inf")
         and 4096 <= group.chunk_bytes <= 4 << 20
@@ -684,7 +691,7 @@ def is_sound(group: Group, layout: Layout) -> bool:
 
 
 def grace_from(offsets_s: list[float], *, factor: float, floor_s: float) -> float:
-    """How long after the first arrival a group stays open: median + factor * MAD of earlier arrivals, at least floor."""
+    """How long after the first arrival a group stays open: median + factor * MAD of earlier ones, at least floor."""
     ordered = sorted(offsets_s)
     median = ordered[len(ordered) // 2]
     deviations = sorted(abs(offset - median) for offset in ordered)

@@ -248,7 +248,9 @@ class Membership:
             if newest.plan.first_k > k or not new_plan_due(newest.plan, held, self._limit, pinned=bool(pin)):
                 return None
         sides = parse_sides(pin) if pin else choose_sides(len(roster), self._limit)
-        if math.prod(sides) > len(roster) or (newest and newest.plan.sides == sides and set(newest.plan.roster) == set(roster)):
+        if math.prod(sides) > len(roster) or (
+            newest and newest.plan.sides == sides and set(newest.plan.roster) == set(roster)
+        ):
             return None
         current = max([k, *(known.lease.k for known in others.values())])
         plan = Plan(

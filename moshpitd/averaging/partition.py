@@ -19,7 +19,7 @@ ALIGNMENT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One chunk of the vector: elements [start, stop) of one dtype, reduced by `reducer` unless a view says otherwise."""
+    """One chunk of the vector: elements [start, stop) of one dtype, reduced by `reducer` unless a view differs."""
 
     index: int
     start: int

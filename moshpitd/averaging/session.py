@@ -26,7 +26,14 @@ from moshpitd.averaging.all_reduce import AllReduce, AllReduceConfig, Outgoing
 from moshpitd.averaging.all_reduce import State as ReductionState
 from moshpitd.averaging.codecs import codec_named
 from moshpitd.averaging.effects import Announce, Effect, Failed, Finished, Log, LookUp, Progress, Send, Withdraw
-from moshpitd.averaging.errors import InvalidInput, NoGroup, Precondition, RemoteProtocolError, SessionError, Unavailable
+from moshpitd.averaging.errors import (
+    InvalidInput,
+    NoGroup,
+    Precondition,
+    RemoteProtocolError,
+    SessionError,
+    Unavailable,
+)
 from moshpitd.averaging.grid import Cell, Plan, Terms, carried_weight, grid_key, session_key
 from moshpitd.averaging.matchmaking import Candidate, Matchmaking, MatchmakingConfig, Round, grace_from
 from moshpitd.averaging.matchmaking import State as MatchmakingState
@@ -177,6 +184,8 @@ class SessionStatus:
 
 
 class State(Enum):
+    """See the table above."""
+
     IDLE = "idle"
     GATHERING = "gathering"
     MATCHING = "matching"
@@ -614,7 +623,9 @@ class Session:
         k = self._current.k if self._current else self._next_k
         if notice := self._members.make_plan_if_due(k):
             plan = notice.plan
-            self._log(f"plan {plan.version}: {plan.grid} for {len(plan.roster)} sessions from averaging {plan.first_k} on")
+            self._log(
+                f"plan {plan.version}: {plan.grid} for {len(plan.roster)} sessions from averaging {plan.first_k} on"
+            )
             for peer in self._members.others():
                 self._tell(peer, self._members.address_of(peer), notice)
             self._plan_changed(plan, now)
@@ -635,7 +646,12 @@ class Session:
     def _plan_changed(self, plan: Plan, now: float) -> None:
         """Our lease names the new plan. An averaging that has not contributed yet starts again under it."""
         current = self._current
-        if current and self.state is State.MATCHING and current.j == 0 and self._members.plan_for(current.k) is not current.plan:
+        if (
+            current
+            and self.state is State.MATCHING
+            and current.j == 0
+            and self._members.plan_for(current.k) is not current.plan
+        ):
             assert current.matchmaking is not None
             current.matchmaking.give_up("a newer plan came", now)
             self._become(State.GATHERING)
@@ -861,7 +877,9 @@ class Session:
             coordinates = [member.coordinate for member in group.members]
             current.values, current.spare = self._spare_in_use, current.values if current.changed else None
             current.changed = True
-            current.rounds.append(self._receipt_of(reduction, carried_weight(weights, coordinates, reduction.rank), now))
+            current.rounds.append(
+                self._receipt_of(reduction, carried_weight(weights, coordinates, reduction.rank), now)
+            )
             current.weight = current.rounds[-1].weight_after
         else:
             if reduction.idle:
@@ -887,7 +905,9 @@ class Session:
         assert current is not None
         assert current.plan is not None
         planned = self._rounds_planned(current.plan)
-        met = sorted({m.peer for r in current.rounds for m in r.members if r.outcome is not Outcome.ALONE} - {self._here.peer})
+        met = sorted(
+            {m.peer for r in current.rounds for m in r.members if r.outcome is not Outcome.ALONE} - {self._here.peer}
+        )
         if all(r.outcome is Outcome.ALONE for r in current.rounds):
             outcome, met = Outcome.ALONE, []
         elif len(current.rounds) == planned and all(r.outcome is Outcome.COMPLETE for r in current.rounds):
@@ -1105,4 +1125,3 @@ class Session:
 
     def _log(self, text: str) -> None:
         self._effects.append(Log(text))
-

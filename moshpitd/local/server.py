@@ -36,6 +36,8 @@ from moshpitd.local.v1 import daemon_pb2 as pb
 from moshpitd.local.v1 import daemon_pb2_grpc as pb_grpc
 
 SERVICE = pb.DESCRIPTOR.services_by_name["DaemonService"].full_name
+TIMEOUT_MIN_S = 0.001
+"""What a call has left whose values came in its last moment: zero is no timeout."""
 ROUNDS_LISTED = 20
 ROUNDS_LISTED_MAX = 1000
 
@@ -247,7 +249,7 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
         async with _until(deadline, "the values had not all arrived: give a longer timeout"):
             vector = await transfer.contribution(session.layout)
         left = deadline - asyncio.get_running_loop().time()
-        call = dataclasses.replace(call, timeout_s=max(left, 0.0))
+        call = dataclasses.replace(call, timeout_s=max(left, TIMEOUT_MIN_S))
         averaged = await self._telling_progress(session, call, vector, context)
         await context.write(pb.AverageResponse(receipt=translate.receipt_message(session.name, averaged.receipt)))
         if averaged.receipt.outcome is not Outcome.ALONE:

@@ -1,12 +1,11 @@
 """Between the daemon's vocabulary and the local API's messages: the one place that knows both.
 
-Knows every field of either. Does not know calls, statuses or streams. What comes in is checked here as far as the
-message alone can tell; what it means for the swarm is checked by the driver.
+Knows every field of either. Does not know calls, statuses or streams. What comes in is checked by the rules of
+what it becomes, before a byte of a vector is read; what it means for the swarm is checked by the driver.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -22,10 +21,6 @@ from moshpitd.averaging.session import (
 from moshpitd.averaging.vector import Layout, TensorSpec
 from moshpitd.driver import PeerLine, SessionLine
 from moshpitd.local.v1 import daemon_pb2 as pb
-
-SESSION_NAME_BYTES_MAX = 128
-ROUNDS_MAX = 64
-"""Rounds an averaging; a grid of 64 axes has more cells than there are machines."""
 
 _DTYPES = {
     pb.DATA_TYPE_UNSPECIFIED: "of no given type",
@@ -108,40 +103,34 @@ class DaemonInfo(Protocol):
 
 def session_options(request: pb.OpenSessionRequest) -> SessionOptions:
     """Raises InvalidInput."""
-    name = request.name or NAME_DEFAULT
-    if len(name.encode()) > SESSION_NAME_BYTES_MAX:
-        raise InvalidInput(f"session name {name[:40]!r}... is longer than {SESSION_NAME_BYTES_MAX} bytes: shorten it")
-    if request.rounds > ROUNDS_MAX:
-        raise InvalidInput(f"{request.rounds} rounds an averaging are over {ROUNDS_MAX}: give fewer, or 0 for auto")
     if request.joining not in _JOININGS:
         raise InvalidInput(f"joining {request.joining} is unknown: give receive or contribute")
-    wait = request.lonely_wait_seconds
-    if not (math.isfinite(wait) and wait >= 0):
-        raise InvalidInput(f"lonely_wait {wait} is no duration: give seconds, 0 for the default")
     specs = (
         TensorSpec(tensor.name, tuple(tensor.shape), _DTYPES.get(tensor.data_type, f"data type {tensor.data_type}"))
         for tensor in request.tensors
     )
-    return SessionOptions(
+    options = SessionOptions(
         layout=Layout.of(specs),
-        name=name,
+        name=request.name or NAME_DEFAULT,
         rounds=request.rounds,
         codec=request.codec or "float32",
         min_peers=max(1, request.min_peers),
         joining=_JOININGS[request.joining],
-        lonely_wait_s=wait or LONELY_WAIT_DEFAULT_S,
+        lonely_wait_s=request.lonely_wait_seconds or LONELY_WAIT_DEFAULT_S,
     )
+    options.check()
+    return options
 
 
 def average_call(start: pb.AverageStart) -> Call:
     """Raises InvalidInput."""
-    weight = start.weight if start.HasField("weight") else 1.0
-    if not (math.isfinite(weight) and weight >= 0):
-        raise InvalidInput(f"weight {weight} is not finite and at least 0: give the number of samples, say")
-    timeout = start.timeout_seconds if start.HasField("timeout_seconds") else TIMEOUT_DEFAULT_S
-    if not (math.isfinite(timeout) and timeout > 0):
-        raise InvalidInput(f"timeout {timeout} is not finite and above 0: give seconds")
-    return Call(weight, timeout, start.epoch if start.HasField("epoch") else None)
+    call = Call(
+        weight=start.weight if start.HasField("weight") else 1.0,
+        timeout_s=start.timeout_seconds if start.HasField("timeout_seconds") else TIMEOUT_DEFAULT_S,
+        epoch=start.epoch if start.HasField("epoch") else None,
+    )
+    call.check()
+    return call
 
 
 def receipt_message(session: str, receipt: Receipt) -> pb.Receipt:

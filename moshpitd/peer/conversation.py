@@ -70,7 +70,9 @@ def _signed(dialler: peer_pb2.Hello, dialled: peer_pb2.Hello) -> tuple[bytes, ..
     return dialler.nonce, dialled.nonce, dialler.public_key, dialled.public_key, dialler.swarm
 
 
-def proof_holds(signature: bytes, role: str, signer: peer_pb2.Hello, dialler: peer_pb2.Hello, dialled: peer_pb2.Hello) -> bool:
+def proof_holds(
+    signature: bytes, role: str, signer: peer_pb2.Hello, dialler: peer_pb2.Hello, dialled: peer_pb2.Hello
+) -> bool:
     return verify(signer.public_key, signature, role, *_signed(dialler, dialled))
 
 
@@ -118,7 +120,7 @@ class Conversation:
     async def run(
         self,
         incoming: AsyncIterator[Frame],
-        write: Callable[[Frame], Awaitable[object]],
+        write: Callable[..., Awaitable[object]],
         hear: Callable[[Conversation, Frame], None],
     ) -> None:
         """Until the other ends it, we `end` it, or it breaks (whatever the transport raises)."""
@@ -141,6 +143,6 @@ class Conversation:
             if isinstance(end, Exception):
                 raise end
 
-    async def _write_all(self, write: Callable[[Frame], Awaitable[object]]) -> None:
+    async def _write_all(self, write: Callable[..., Awaitable[object]]) -> None:
         while (frame := await self._outbox.get()) is not None:
             await write(frame)

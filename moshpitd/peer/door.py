@@ -13,7 +13,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -176,7 +176,7 @@ class PeerDoor:
         why = f"could not be dialled at {address}"
         try:
             why = await self._converse(peer, address)
-        except (grpc.aio.AioRpcError, OSError, asyncio.TimeoutError) as error:
+        except (TimeoutError, grpc.aio.AioRpcError, OSError) as error:
             detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
             log.info("%s %s: %s", short(peer), why, detail or type(error).__name__)
         except RemoteProtocolError as wrong:
@@ -190,11 +190,7 @@ class PeerDoor:
     async def _converse(self, peer: PeerId, address: str) -> str:
         """Dial, prove, converse to the end; returns why it ended."""
         channel = self._channel(address)
-        call = channel.stream_stream(
-            _CONVERSE,
-            request_serializer=peer_pb2.ConverseRequest.SerializeToString,
-            response_deserializer=peer_pb2.ConverseResponse.FromString,
-        )()
+        call = _converse(channel)
         try:
             async with asyncio.timeout(self._config.dial_timeout_s):
                 theirs = await self._hello(call, peer, address)
@@ -223,7 +219,7 @@ class PeerDoor:
 
     async def _hello(
         self,
-        call: grpc.aio.StreamStreamCall[peer_pb2.ConverseRequest, peer_pb2.ConverseResponse],
+        call: _ConverseCall,
         peer: PeerId | None,
         address: str,
     ) -> peer_pb2.Hello:
@@ -315,18 +311,18 @@ class PeerDoor:
             self._dialable_known = False
             return
         if not reachable:
-            log.warning("%s could not dial us at %s: we can join groups but not lead or reduce", short(conversation.peer), self._announced)
+            log.warning(
+                "%s could not dial us at %s: we can join groups but not lead or reduce",
+                short(conversation.peer),
+                self._announced,
+            )
         self._inbox.dialable_found(dialable=reachable)
 
     async def _try_dialling(self, conversation: Conversation, address: str) -> None:
         """Whether the peer itself answers at the address it names."""
         channel = channels.dial(address, self._config)
         try:
-            call = channel.stream_stream(
-                _CONVERSE,
-                request_serializer=peer_pb2.ConverseRequest.SerializeToString,
-                response_deserializer=peer_pb2.ConverseResponse.FromString,
-            )()
+            call = _converse(channel)
             try:
                 async with asyncio.timeout(self._config.dial_timeout_s):
                     await call.write(peer_pb2.ConverseRequest(hello=self._introduction.hello(secrets.token_bytes(32))))
@@ -379,7 +375,7 @@ class PeerDoor:
 
     async def _dial_transfer(self, streams: Streams, rank: Rank, member: Member) -> None:
         group = streams.group
-        call = self._channel(member.address).stream_stream(_TRANSFER)()
+        call = _transfer(self._channel(member.address))
         signature = self._identity.sign("transfer", self._swarm, group.group_id, group.token, member.peer.encode())
         first = peer_pb2.TransferRequest(
             open=peer_pb2.TransferOpen(
@@ -402,7 +398,9 @@ class PeerDoor:
         finally:
             call.cancel()
 
-    async def _serve_transfer(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    async def _serve_transfer(
+        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> None:
         incoming = requests.__aiter__()
         try:
             first = peer_pb2.TransferRequest.FromString(await anext(incoming)).open
@@ -519,6 +517,22 @@ class _Nobody:
         pass
 
 
+_ConverseCall = grpc.aio.StreamStreamCall[peer_pb2.ConverseRequest, peer_pb2.ConverseResponse]
+_TransferCall = grpc.aio.StreamStreamCall[bytes, bytes]
+_Answer = TypeVar("_Answer", peer_pb2.ConverseResponse, bytes)
+
+
+def _converse(channel: grpc.aio.Channel) -> _ConverseCall:
+    to_bytes, from_bytes = peer_pb2.ConverseRequest.SerializeToString, peer_pb2.ConverseResponse.FromString
+    call = channel.stream_stream(_CONVERSE, request_serializer=to_bytes, response_deserializer=from_bytes)()
+    return cast(_ConverseCall, call)
+
+
+def _transfer(channel: grpc.aio.Channel) -> _TransferCall:
+    """Frames travel as bytes: they are written and read by hand (wire.py)."""
+    return cast(_TransferCall, channel.stream_stream(_TRANSFER)())
+
+
 class _Write(Protocol):
     async def __call__(self, frame: bytes, /) -> None: ...
 
@@ -527,10 +541,10 @@ class _Done(Protocol):
     async def __call__(self) -> None: ...
 
 
-async def _frames(call: grpc.aio.StreamStreamCall[object, object]) -> AsyncIterator[object]:
+async def _frames(call: grpc.aio.StreamStreamCall[Any, _Answer]) -> AsyncIterator[_Answer]:
     """What the other side sends, to its clean end; an unclean one raises AioRpcError."""
     while (frame := await call.read()) is not grpc.aio.EOF:
-        yield frame
+        yield cast(_Answer, frame)
     if await call.code() is not grpc.StatusCode.OK:
         raise grpc.aio.AioRpcError(
             await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()

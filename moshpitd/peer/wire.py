@@ -13,6 +13,7 @@ import math
 import re
 import typing
 from collections.abc import Callable
+from typing import Any
 
 from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
@@ -20,10 +21,8 @@ from google.protobuf.message import Message as Proto
 from moshpitd.averaging import messages
 from moshpitd.averaging.all_reduce import VIEWS_MAX
 from moshpitd.averaging.errors import RemoteProtocolError
-from moshpitd.averaging.grid import Plan, Terms
 from moshpitd.averaging.messages import Address, Chunk, Message, Record
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank
-from moshpitd.averaging.vector import TensorSpec
 from moshpitd.peer.v1 import peer_pb2
 
 REPEATED_MAX = 1 << 17
@@ -31,19 +30,11 @@ TEXT_MAX = 1024
 _PEER_ID = re.compile(r"[0-9a-f]{64}")
 
 _WRAPPED: dict[type, str] = {
-    getattr(messages, descriptor.message_type.name): descriptor.name
-    for descriptor in peer_pb2.Envelope.DESCRIPTOR.oneofs_by_name["message"].fields
+    getattr(messages, type(getattr(peer_pb2.Envelope(), field.name)).__name__): field.name
+    for field in peer_pb2.Envelope.DESCRIPTOR.oneofs_by_name["message"].fields
 }
 """Each message's field in an envelope."""
 _TYPES: dict[str, type] = {field: kind for kind, field in _WRAPPED.items()}
-_NESTED: dict[str, type] = {
-    "Member": messages.Member,
-    "Absent": messages.Absent,
-    "Group": messages.Group,
-    "Plan": Plan,
-    "Terms": Terms,
-    "TensorSpec": TensorSpec,
-}
 
 
 def envelope(session: Key, message: Message) -> peer_pb2.Envelope:
@@ -93,7 +84,8 @@ def record_from(kind: str, body: bytes) -> Record:
 
 
 def _fill(proto: Proto, value: object) -> None:
-    for field in _fields(type(value)):
+    kind: Any = type(value)
+    for field in _fields(kind):
         item = getattr(value, field.name)
         if isinstance(item, tuple):
             if field.item_is_message:
@@ -117,12 +109,12 @@ class Field:
     """How one field is read and checked."""
 
     name: str
-    read: Callable[[typing.Any], object]  # protobuf's own values have no common type
+    read: Callable[[Any], object]  # protobuf's own values have no common type
     item_is_message: bool
 
 
 @functools.cache
-def _fields(kind: type) -> tuple[Field, ...]:
+def _fields(kind: Any) -> tuple[Field, ...]:  # a dataclass; typeshed has no name for "a class" that hashes
     hints = typing.get_type_hints(kind)
     return tuple(_field(field.name, hints[field.name]) for field in dataclasses.fields(kind))
 
@@ -132,7 +124,7 @@ def _field(name: str, hint: object) -> Field:
         item = typing.get_args(hint)[0]
         read_item = _reader(item)
 
-        def read_all(values: typing.Any) -> object:
+        def read_all(values: Any) -> object:
             if len(values) > REPEATED_MAX:
                 raise RemoteProtocolError(f"{name} with {len(values)} entries")
             return tuple(read_item(value) for value in values)
@@ -141,7 +133,7 @@ def _field(name: str, hint: object) -> Field:
     return Field(name, _reader(hint), False)
 
 
-def _reader(hint: object) -> Callable[[typing.Any], object]:
+def _reader(hint: object) -> Callable[[Any], object]:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return lambda proto: _read(proto, hint)
     if hint is PeerId:
@@ -274,4 +266,3 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
-

@@ -105,9 +105,10 @@ async def test_alone_brings_a_receipt_and_no_values(door: Door) -> None:
         (pb.OpenSessionRequest(tensors=[pb.Tensor(shape=[2], data_type=2)]), "INVALID_ARGUMENT", "tensor name ''"),
         (pb.OpenSessionRequest(tensors=[pb.Tensor(name="w", shape=[-2], data_type=2)]), "INVALID_ARGUMENT", "shape"),
         (pb.OpenSessionRequest(tensors=[W], rounds=10**6), "INVALID_ARGUMENT", "rounds"),
+        (pb.OpenSessionRequest(tensors=[W], codec="mp3"), "INVALID_ARGUMENT", "mp3"),
         (pb.OpenSessionRequest(tensors=[W], joining=9), "INVALID_ARGUMENT", "joining 9"),
-        (pb.OpenSessionRequest(tensors=[W], lonely_wait_seconds=-1), "INVALID_ARGUMENT", "lonely_wait"),
-        (pb.OpenSessionRequest(tensors=[W], name="n" * 200), "INVALID_ARGUMENT", "longer than 128"),
+        (pb.OpenSessionRequest(tensors=[W], lonely_wait_seconds=-1), "INVALID_ARGUMENT", "lonely wait"),
+        (pb.OpenSessionRequest(tensors=[W], name="n" * 201), "INVALID_ARGUMENT", "session name 'nnn"),
         (pb.OpenSessionRequest(tensors=[W], name="taken"), "FAILED_PRECONDITION", "open already"),
         (
             pb.OpenSessionRequest(tensors=[pb.Tensor(name="w", shape=[1 << 40, 1 << 40], data_type=2)]),

@@ -39,7 +39,7 @@ class Cast:
         wire = self._wire(dtype)
         if len(payload) != elements * wire.itemsize:
             raise RemoteProtocolError(
-                f"a chunk of {elements} elements as {wire.name} has {elements * wire.itemsize} bytes, not {len(payload)}"
+                f"{elements} elements as {wire.name} have {elements * wire.itemsize} bytes, not {len(payload)}"
             )
         values = np.frombuffer(payload, wire)
         return values if wire == dtype else values.astype(dtype)

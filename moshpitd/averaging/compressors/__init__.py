@@ -1,4 +1,4 @@
-"""Staged reductions. `dense` (one stage: the vector as it is) is the all-reduce itself; others come as further stages."""
+"""Staged reductions. `dense` (one stage: the vector as it is) is the all-reduce itself; others come as stages."""
 
 from __future__ import annotations
 
