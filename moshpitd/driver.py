@@ -35,6 +35,7 @@ from moshpitd.averaging.effects import (
 )
 from moshpitd.averaging.errors import (
     Exhausted,
+    NoGroup,
     Precondition,
     RemoteProtocolError,
     SessionError,
@@ -192,6 +193,7 @@ class Driver:
         running = self._running.get(session_id)
         if running is None:
             raise SessionNotFound(f"no session {session_id!r}: open one first (the daemon may have been restarted)")
+        call = await self._once_free(running, call)
         ending = running.start(call, vector, progress)
         try:
             return await asyncio.shield(ending)
@@ -213,6 +215,17 @@ class Driver:
                 await self._directory.wait_ready()
         except TimeoutError:
             raise Unavailable(f"the daemon is not part of its swarm: {self._directory.waiting_for()}") from None
+        return replace(call, timeout_s=max(0.001, call.timeout_s - (loop.time() - began)))
+
+    async def _once_free(self, running: Running, call: Call) -> Call:
+        """A caller that detached from its last averaging waits for it to end; returns the call with what time is left."""
+        if running.ending is None or running.ending.done() or running.progress is not None:
+            return call
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await asyncio.wait([running.ending], timeout=call.timeout_s)
+        if not running.ending.done():
+            raise NoGroup("the averaging whose caller left is still being finished for the others: try again")
         return replace(call, timeout_s=max(0.001, call.timeout_s - (loop.time() - began)))
 
     def sessions(self) -> list[SessionLine]:

@@ -36,6 +36,7 @@ from moshpitd.averaging.messages import (
     Bound,
     Closed,
     Group,
+    Hail,
     Join,
     Kept,
     Leave,
@@ -64,6 +65,9 @@ class MatchmakingConfig:
     """Patience grows by this factor with each place in the order, so that those behind wait for those before."""
     rejoin_s: float = 1.0
     """A kept join is repeated this often: it heals a lost Begin, and shows that both are alive."""
+    hail_after_s: float = 0.3
+    """A leader that misses somebody for so long calls it, and so learns whether its daemon lives. Sooner finds the
+    dead faster; later spares messages when trainers are just a little apart."""
     late_window_s: float = 0.25
     """Late arrivals are kept so long for a second group before they are told that the round is closed."""
     begin_tries: int = 3
@@ -150,6 +154,7 @@ class Matchmaking:
         """The groups closed here, ours or not."""
         self._late: dict[PeerId, Application] = {}
         self._late_until = 0.0
+        self._hail_at: float | None = None
         self._unacknowledged: dict[PeerId, int] = {}
         self._next_begin = 0.0
 
@@ -196,6 +201,8 @@ class Matchmaking:
         match message:
             case Join():
                 self._receive_join(message, sender, now)
+            case Hail():
+                pass
             case Leave():
                 self._applications.pop(sender, None)
                 self._parked.pop(sender, None)
@@ -247,6 +254,7 @@ class Matchmaking:
             elif now >= self._next_join:
                 self._send_join(self._target, now)
         self._close_if_due(now)
+        self._hail_if_due(now)
         self._close_late_if_due(now)
         self._repeat_begin_if_due(now)
 
@@ -258,6 +266,8 @@ class Matchmaking:
             moments += [self._patience_until, self._next_join]
         if self._leads() and self._applications and not self._closed:
             moments.append(self._closing_at())
+            if self._hail_at is not None:
+                moments.append(self._hail_at)
         if self._late:
             moments.append(self._late_until)
         if self._unacknowledged:
@@ -463,6 +473,7 @@ class Matchmaking:
         self._applications[member.peer] = Application(member, attempt, now, now + wait_s)
         if self._first_arrival is None:
             self._first_arrival = now
+            self._hail_at = now + self._config.hail_after_s
 
     def _kept(self, attempt: int) -> Kept:
         here = len(self._applications)
@@ -488,6 +499,15 @@ class Matchmaking:
         applications = sorted(self._applications.values(), key=lambda a: (a.arrived_at, a.member.peer))
         self._close(applications, absent, now)
         self._applications.clear()
+
+    def _hail_if_due(self, now: float) -> None:
+        """Call those we miss; the driver tells us of those it cannot reach, and nobody waits for the dead."""
+        if self._hail_at is None or now < self._hail_at or self._closed or self.group or not self._leads():
+            return
+        self._hail_at = now + self._config.rejoin_s
+        for candidate in self._candidates:
+            if candidate.peer in self._expected and candidate.peer not in self._applications:
+                self._say(candidate, Hail(self.round.key))
 
     def _close(self, applications: list[Application], absent: tuple[Absent, ...], now: float) -> None:
         self._closed_at = now

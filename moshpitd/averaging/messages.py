@@ -233,6 +233,13 @@ class Bound:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class Hail:
+    """I lead and miss you. Needs no answer: if it cannot be delivered, your daemon is dead and nobody waits for you."""
+
+    key: Key
+
+
 # ---- the all-reduce of a group
 
 
@@ -319,7 +326,7 @@ class Farewell:
     """This session closes, or the daemon leaves: do not expect it any more."""
 
 
-MatchmakingMessage = Join | Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound
+MatchmakingMessage = Hail | Join | Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound
 ReductionMessage = Ready | Suspect | View | Holdings | Heartbeat
 SessionMessage = PlanWanted | PlanNotice | TermsWanted | TermsNotice | Farewell
 Message = MatchmakingMessage | ReductionMessage | SessionMessage

@@ -46,6 +46,7 @@ from moshpitd.averaging.messages import (
     Chunk,
     Closed,
     Farewell,
+    Hail,
     Heartbeat,
     Holdings,
     Join,
@@ -334,7 +335,7 @@ class Session:
                 self._receive_join(message, sender, now)
             case Begin(group=group):
                 self._pass_on(group.key, message, sender, now)
-            case Leave() | Kept() | Redirect() | TooShort() | Closed() | Begun() | Bound():
+            case Hail() | Leave() | Kept() | Redirect() | TooShort() | Closed() | Begun() | Bound():
                 self._pass_on(message.key, message, sender, now)
             case Ready() | Suspect() | View() | Holdings() | Heartbeat():
                 self._receive_in_group(message, sender, now)
@@ -770,7 +771,7 @@ class Session:
     def _pass_on(
         self,
         key: Key,
-        message: Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound,
+        message: Hail | Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound,
         sender: PeerId,
         now: float,
     ) -> None:

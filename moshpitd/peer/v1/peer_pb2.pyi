@@ -266,6 +266,7 @@ class Envelope(_message.Message):
     TERMS_WANTED_FIELD_NUMBER: _builtins.int
     TERMS_NOTICE_FIELD_NUMBER: _builtins.int
     FAREWELL_FIELD_NUMBER: _builtins.int
+    HAIL_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """The session's key: hash of swarm and session name, 20 bytes."""
     @_builtins.property
@@ -344,6 +345,10 @@ class Envelope(_message.Message):
     def farewell(self) -> Global___Farewell:
         """See Farewell."""
 
+    @_builtins.property
+    def hail(self) -> Global___Hail:
+        """See Hail."""
+
     def __init__(
         self,
         *,
@@ -367,12 +372,13 @@ class Envelope(_message.Message):
         terms_wanted: Global___TermsWanted | None = ...,
         terms_notice: Global___TermsNotice | None = ...,
         farewell: Global___Farewell | None = ...,
+        hail: Global___Hail | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "farewell", b"farewell", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "farewell", b"farewell", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell", "hail"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -801,6 +807,28 @@ class Absent(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Absent: _TypeAlias = Absent  # noqa: Y015
+
+@_typing.final
+class Hail(_message.Message):
+    """A leader misses the receiver. It needs no answer: that it can be delivered shows that the receiver's daemon lives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """The round's grid key."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hail: _TypeAlias = Hail  # noqa: Y015
 
 @_typing.final
 class Begun(_message.Message):

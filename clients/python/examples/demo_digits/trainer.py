@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from network import BATCH, Network, batches
@@ -57,15 +58,21 @@ def main() -> None:
         }
         print(json.dumps(report), flush=True)
 
-    with moshpit_client.connect(arguments.socket) as daemon:
-        # One Moshpit round an averaging: groups along one axis of the grid now, along the other the next time. Whoever
-        # is a little late is to meet the others of its step and not those of the next, so the trainers count together.
-        with daemon.open_session(network.parameters, min_peers=arguments.peers, rounds=1, name="training") as session:
-            for number in range(arguments.averagings):
-                train_and_average(session, number, epoch=number)
-        # As many rounds as the grid has axes: the exact mean, and so the same model everywhere.
-        with daemon.open_session(network.parameters, min_peers=arguments.peers, rounds="auto", name="final") as session:
-            train_and_average(session, arguments.averagings, epoch=0)
+    def open_session(daemon: moshpit_client.Daemon, name: str, rounds: Literal["auto"] | int) -> moshpit_client.Session:
+        return daemon.open_session(network.parameters, min_peers=arguments.peers, rounds=rounds, name=name)
+
+    # One Moshpit round an averaging: groups along one axis of the grid now, along the other the next time. Whoever is a
+    # little late is to meet the others of its step and not those of the next, so the trainers count together.
+    with (
+        moshpit_client.connect(arguments.socket) as daemon,
+        open_session(daemon, "training", rounds=1) as session,
+    ):
+        for number in range(arguments.averagings):
+            train_and_average(session, number, epoch=number)
+        # As many rounds as the grid has axes: the exact mean, and so the same model everywhere. Its session is opened
+        # inside the other: nobody leaves the training while somebody may still need it there.
+        with open_session(daemon, "final", rounds="auto") as last:
+            train_and_average(last, arguments.averagings, epoch=0)
     print(json.dumps({"event": "finished"}), flush=True)
 
 
