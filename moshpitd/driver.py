@@ -218,7 +218,7 @@ class Driver:
         return replace(call, timeout_s=max(0.001, call.timeout_s - (loop.time() - began)))
 
     async def _once_free(self, running: Running, call: Call) -> Call:
-        """A caller that detached from its last averaging waits for it to end; returns the call with what time is left."""
+        """A caller that detached waits until its last averaging has ended; returns the call with what time is left."""
         if running.ending is None or running.ending.done() or running.progress is not None:
             return call
         loop = asyncio.get_running_loop()

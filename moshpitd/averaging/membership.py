@@ -351,17 +351,26 @@ class Membership:
     def candidates(self, line: dict[PeerId, Known]) -> list[Candidate]:
         return [Candidate(peer, known.lease.address) for peer, known in line.items() if known.lease.dialable]
 
-    def expected(self, line: dict[PeerId, Known], k: int) -> tuple[PeerId, ...]:
-        """Who of the line is waited for: everybody who takes part regularly; at the very first, everybody."""
+    def expected(self, plan: Plan, line: dict[PeerId, Known], k: int) -> tuple[PeerId, ...]:
+        """Who of the line is waited for: whoever takes part regularly, and at the very first everybody.
+
+        Leases lag: one whose first averaging is just over may still look like a newcomer. So those for whom the plan was
+        made are expected until they were missed; of joiners only those that took part before.
+        """
         first = not self.has_history(k)
         return tuple(
             sorted(
                 peer
                 for peer, known in line.items()
                 if known.misses < MISSES_MAX
-                and (first or (known.lease.last_k >= 0 and known.lease.last_k + 2 >= known.lease.k >= k - BEHIND_MAX))
+                and (first or (peer in plan.cells if known.lease.last_k < 0 else _keeps_up(known.lease, k)))
             )
         )
+
+
+def _keeps_up(lease: Lease, k: int) -> bool:
+    """It took part in one of the last two averagings, as far as its lease tells."""
+    return lease.last_k + 2 >= lease.k >= k - BEHIND_MAX
 
 
 def _fits(cell: Cell, sides: tuple[int, ...]) -> bool:

@@ -731,7 +731,7 @@ class Session:
                 candidates.append(Candidate(sighting.peer, record.address))
         if self._here.dialable:
             candidates.append(Candidate(self._here.peer, self._here.address))
-        expected = self._members.expected(line, round_.k)
+        expected = self._members.expected(plan, line, round_.k)
         if self._last_k >= 0 or not self._members.has_history(round_.k):
             expected = (*expected, self._here.peer)
         matchmaking.update(candidates, expected, self._grace_s(), now)

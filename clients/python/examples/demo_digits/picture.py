@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -57,10 +58,11 @@ def _draw_spread(axes: Axes, outcome: Outcome) -> None:
     rounds = outcome.rounds
     numbers = np.arange(1, len(rounds) + 1)
     axes.plot(numbers, [r.before for r in rounds], color="#999999", linewidth=1, label="before the round")
-    for groups, marker in zip(sorted({r.groups for r in rounds}, reverse=True), "soD^v", strict=False):
+    # A full grid cuts the swarm in two ways, in turn; a round that somebody missed is shown, but makes no line.
+    usual = [groups for groups, count in Counter(r.groups for r in rounds).most_common(2)]
+    for groups, marker, line in zip(sorted(usual, reverse=True), "so", ("-", "--"), strict=False):
         chosen = [(number, r) for number, r in zip(numbers, rounds, strict=True) if r.groups == groups]
         where = [number for number, _ in chosen]
-        line = "-" if marker == "s" else "--"
         axes.plot(
             where, [r.theory for _, r in chosen], color=THEORY, linewidth=1.4, linestyle=line,
             label=f"theory, {groups} groups, these seats",
@@ -73,6 +75,11 @@ def _draw_spread(axes: Axes, outcome: Outcome) -> None:
             where, [r.after for _, r in chosen], marker, color=SWARM, markersize=4, fillstyle="none",
             label=f"after a round in {groups} groups",
         )  # fmt: skip
+    odd = [(number, r.after) for number, r in zip(numbers, rounds, strict=True) if r.groups not in usual]
+    if odd:
+        axes.plot(
+            *zip(*odd, strict=True), "x", color=ALL_DATA, markersize=5, label="after a round that somebody missed"
+        )
     final = outcome.final_spread
     floor = min(r.after for r in rounds) / 300
     axes.plot([len(rounds) + 1], [max(final, floor)], "*", color=SWARM, markersize=13, clip_on=False)

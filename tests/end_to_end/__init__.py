@@ -1,0 +1,1 @@
+"""Whole swarms: daemons as processes, real sockets, the real client and command line."""

@@ -1,0 +1,1 @@
+"""The door to other daemons: its wire, its hellos, its streams."""
