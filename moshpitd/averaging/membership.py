@@ -354,7 +354,7 @@ class Membership:
     def expected(self, plan: Plan, line: dict[PeerId, Known], k: int) -> tuple[PeerId, ...]:
         """Who of the line is waited for: whoever takes part regularly, and at the very first everybody.
 
-        Leases lag: one whose first averaging is just over may still look like a newcomer. So those for whom the plan was
+        Leases lag: one whose first averaging just ended may still look like a newcomer. So those for whom the plan was
         made are expected until they were missed; of joiners only those that took part before.
         """
         first = not self.has_history(k)

@@ -1,0 +1,1 @@
+"""The figures that moshpitd promises, measured: `python -m tests.benchmarks`."""
