@@ -38,12 +38,12 @@ image:
 	docker/build-image.sh
 
 # swarm: four daemons in containers, each with its trainer; checks the result and takes them down
-swarm:
+swarm: image
 	docker/run-swarm.sh
 
 # clean: remove what the other targets made
 clean:
-	rm -rf .venv .bench build dist *.egg-info clients/python/build clients/python/*.egg-info demo_digits.png htmlcov \
+	rm -rf .venv .bench build docker/wheels dist *.egg-info clients/python/build clients/python/*.egg-info demo_digits.png htmlcov \
 		.coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

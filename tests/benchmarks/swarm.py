@@ -15,10 +15,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.synchronize
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +55,13 @@ class Step:
     receipt: Receipt
     crc: int
     """Of the tensor afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """What a trainer was told instead of a result."""
+
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +258,8 @@ class Trainers:
             answer = self._links[rank].recv()
         except EOFError:
             raise self._swarm.daemons[rank].failure("lost its trainer") from None
-        if isinstance(answer, moshpit_client.MoshpitError):
-            raise self._swarm.daemons[rank].failure(f"told its trainer: {answer}")
+        if isinstance(answer, Refused):
+            raise self._swarm.daemons[rank].failure(f"told its trainer: {answer.why}")
         return answer
 
 
@@ -276,7 +285,7 @@ def _train(
 ) -> None:
     """A trainer's process, until its link is closed."""
     tensor = values(rank, 0, elements)
-    with contextlib.suppress(EOFError, BrokenPipeError), moshpit_client.connect(socket) as daemon:
+    with contextlib.suppress(EOFError, OSError, threading.BrokenBarrierError), moshpit_client.connect(socket) as daemon:
         try:
             # Every averaging waits for all: what is measured is never a smaller swarm.
             options = {"x": tensor}
@@ -298,4 +307,4 @@ def _train(
                             exact /= sum(weights.values())
                             link.send(float(np.abs(tensor - exact).max() / np.abs(exact).max()))
         except moshpit_client.MoshpitError as error:
-            link.send(error)
+            link.send(Refused(str(error)))
