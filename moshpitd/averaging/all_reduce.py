@@ -43,8 +43,6 @@ from moshpitd.averaging.receipt import DroppedLine, SpanLine
 from moshpitd.averaging.vector import DTYPES, Floats, Vector, first_non_finite
 
 NOT_HELD = -1
-VIEWS_MAX = 64
-"""More views than members could need: beyond it somebody plays games."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ class Outgoing:
 
     chunk: Chunk
     """Without its payload."""
-    encode: Callable[[], bytes]
+    encode: Callable[[], bytes | memoryview]
 
 
 class AllReduce:
@@ -111,6 +109,8 @@ class AllReduce:
         self._pieces = pieces_of(values.layout, group.spans, group.chunk_bytes)
         self._view = 0
         self._author = Rank(0)
+        self._opened: View | None = None
+        """The view we are in, for those who may have missed it."""
         self._live: tuple[Rank, ...] = tuple(Rank(r) for r in range(n))
         self._committed: tuple[Rank, ...] = ()
         self._dropped: dict[Rank, str] = {}
@@ -129,7 +129,7 @@ class AllReduce:
         """Pieces whose reduction or decoding runs; no piece twice at a time."""
         self._jobs: dict[int, Callable[[object], None]] = {}
         self._next_job = 0
-        self._encoded: dict[int, tuple[bytes, int]] = {}
+        self._encoded: dict[int, tuple[bytes | memoryview, int]] = {}
         """The code of an average made here, and how many members still have to be sent it."""
         self._contribute: list[deque[int]] = [deque() for _ in range(n)]
         self._contributed: list[set[int]] = [set() for _ in range(n)]
@@ -219,8 +219,8 @@ class AllReduce:
                 beat.moved(moved, now)
             case Suspect(view=view, rank=rank, why=why):
                 self._check_rank(rank)
-                if view == self._view and rank in self._live and rank not in (self.rank, sender):
-                    self.suspect(rank, why, now)
+                if view == self._view and sender in self._live and rank not in (self.rank, sender):
+                    self.suspect(rank, why, now, asked=True)
             case View():
                 self._receive_view(message, sender, now)
             case Ready(view=view) | Holdings(view=view) if view > self._view:
@@ -248,7 +248,7 @@ class AllReduce:
         beat.chunk(now)
         if self.finished or sender not in self._live:
             return
-        if chunk.view > self._view or (chunk.view == self._view and self.state is State.AGREEING):
+        if chunk.view > self._view or self.state is State.AGREEING:
             self._early.append((sender, chunk))  # who owns what is not settled here yet
         elif chunk.is_average:
             self._average_received(chunk, sender)
@@ -266,11 +266,11 @@ class AllReduce:
             for rank in accused:
                 self._open_or_ask_for_view(rank, now)
 
-    def suspect(self, rank: Rank, why: str, now: float) -> None:
-        """This member does not go on, as the door, a timer or another member found out."""
+    def suspect(self, rank: Rank, why: str, now: float, *, asked: bool = False) -> None:
+        """This member does not go on, as the door or a timer found out, or another member that needs it `asked`."""
         if rank not in self._live or rank == self.rank or rank in self._suspected or self.state is State.FAILED:
             return
-        if self.state is State.READY and rank in self._ready:
+        if self.state is State.READY and rank in self._ready and not asked:
             return  # it said all we need of it, and may have committed and left
         self._suspected[rank] = why
         self._log(f"suspects {self._name(rank)}: {why}")
@@ -327,7 +327,7 @@ class AllReduce:
         if made_here is None:
             values = self._result.elements(piece.start, piece.stop)
             self.bytes_sent += values.nbytes
-            return Outgoing(header(decoded=True), values.tobytes)
+            return Outgoing(header(decoded=True), lambda: values.view(np.uint8).data)
         code, left = made_here
         self.bytes_sent += len(code)
         if left > 1:
@@ -520,6 +520,8 @@ class AllReduce:
         for rank in self._live:
             if rank == self.rank:
                 continue
+            if self._opened and self.state is State.AGREEING and rank not in self._holdings:
+                self._tell(rank, self._opened)  # its author may have died before it told everybody
             if rank in self._suspected:
                 self._open_or_ask_for_view(rank, now)
             elif why := self._stopped(rank, now):
@@ -583,21 +585,23 @@ class AllReduce:
         self._enter_view(view, now)
 
     def _receive_view(self, view: View, sender: Rank, now: float) -> None:
-        if view.author != sender or sender not in view.live or not set(view.live) <= set(self._live):
-            if view.number > self._view:
-                raise RemoteProtocolError(f"{self._name(sender)} opened an impossible view")
-            return
-        if view.number > VIEWS_MAX:
-            raise RemoteProtocolError(f"{self._name(sender)} opened view {view.number}")
+        """Of its author, or passed on by another member of it."""
+        members = set(range(len(self.group.members)))
+        if not view.live or view.author != min(view.live) or sender not in view.live or not set(view.live) <= members:
+            raise RemoteProtocolError(f"{self._name(sender)} opened an impossible view")
+        if len(set(view.live)) != len(view.live) or not 0 < view.number <= len(members) - len(view.live):
+            raise RemoteProtocolError(f"{self._name(sender)} opened view {view.number} for {len(view.live)} members")
         higher = view.number > self._view or (view.number == self._view and view.author < self._author)
-        if higher and self.state is not State.FAILED:
+        if not higher or self.state is State.FAILED or sender not in self._live:
+            return
+        if set(view.live) <= set(self._live):  # else its author did not hear of those who are out: they stay out
             self._enter_view(view, now)
 
     def _enter_view(self, view: View, now: float) -> None:
         for rank in self._live:
             if rank not in view.live:
                 self._dropped[rank] = self._suspected.get(rank) or view.why
-        self._view, self._author = view.number, view.author
+        self._view, self._author, self._opened = view.number, view.author, view
         self._live = tuple(sorted(view.live))
         self._log(f"view {view.number}: {len(self._live)} of {len(self.group.members)} go on; {view.why}")
         if self.state is State.COMMITTED:  # nothing to take back: say what we hold, for those who still need it
@@ -639,8 +643,7 @@ class AllReduce:
         for index in range(len(self._pieces)):
             best = max(self._holdings[rank][index] for rank in self._live)
             if best == NOT_HELD:
-                if self._owner[index] not in able:
-                    self._owner[index] = able[index % len(able)]
+                self._owner[index] = self._owner_among(able, index)
                 again.append(index)
                 continue
             holders = [rank for rank in self._live if self._holdings[rank][index] == best]
@@ -664,6 +667,16 @@ class AllReduce:
             self._reduce_if_complete(index)
         self._replay_early(now)
         self._become_ready_if_done(now)
+
+    def _owner_among(self, able: Sequence[Rank], index: int) -> Rank:
+        """Who reduces what nobody holds: the span's reducer while it lives, else the next able one, counted from a
+        place that differs from piece to piece.
+
+        A function of the survivors alone, because members may have skipped different views; and whoever owned a piece
+        keeps it until it dies, because contributions are sent to an owner once.
+        """
+        reducer, n = self._pieces[index].reducer, len(self.group.members)
+        return min(able, key=lambda rank: (rank != reducer, (rank - index) % n))
 
     def _replay_early(self, now: float) -> None:
         waiting, self._early = self._early, deque(maxlen=self._early.maxlen)
@@ -738,7 +751,7 @@ class Progress:
 class Reduced:
     """An average: its code for the others, the checksum of what the code decodes to."""
 
-    code: bytes
+    code: bytes | memoryview
     checksum: bytes
 
 

@@ -264,7 +264,7 @@ class Matchmaking:
             moments.append(self._wait_until)
         if self._target and self.state in (State.APPLYING, State.WAITING):
             moments += [self._patience_until, self._next_join]
-        if self._leads() and self._applications and not self._closed:
+        if self._applications and not self._closed and self._leads():
             moments.append(self._closing_at())
             if self._hail_at is not None:
                 moments.append(self._hail_at)

@@ -184,7 +184,7 @@ _PAYLOAD_TAG = b"\x7a"
 _CHUNK_TAG = b"\x12"
 
 
-def chunk_frame(header: Chunk, payload: bytes) -> bytes:
+def chunk_frame(header: Chunk, payload: bytes | memoryview) -> bytes:
     """A TransferRequest or TransferResponse with this chunk: both have it in field 2."""
     head = peer_pb2.Chunk(
         index=header.index,

@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import psutil
@@ -79,13 +79,13 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def ordered(found: Sequence[Measured]) -> list[Figure]:
+def ordered(found: Collection[Measured]) -> list[Figure]:
     """Ratios first, then what has a target, then the rest; each as measured."""
     figures = [figure for measured in found for figure in measured.figures]
     return sorted(figures, key=lambda figure: (figure.unit != "x", figure.goal is None))
 
 
-def show(console: Console, found: Sequence[Measured], missing: Sequence[str], failures: dict[str, str]) -> None:
+def show(console: Console, found: Collection[Measured], missing: Sequence[str], failures: dict[str, str]) -> None:
     """The table, and below it what is not in it."""
     table = Table(title=f"moshpitd on {machine()['processor']}, {os.cpu_count()} cores", title_justify="left")
     for heading in ("benchmark", "figure", "target", "measured", "", "note"):

@@ -14,6 +14,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,12 +162,11 @@ def main() -> None:
     parser.add_argument("--event-loop", choices=("asyncio", "uvloop"), default="asyncio")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     if arguments.event_loop == "uvloop":
         import uvloop
 
         factory = uvloop.new_event_loop
-    else:
-        factory = asyncio.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         found = runner.run(
             observe(arguments.nodes, arguments.loss, arguments.keys, arguments.group, arguments.seed, arguments.idle)

@@ -49,6 +49,6 @@ def measure(*, quick: bool) -> Measured:
                 if rounds != {case.rounds}:
                     raise WrongResult(f"{case.name}: {sorted(rounds)} rounds on {grid} instead of {case.rounds}")
                 errors.append(trainers.check(steps, weights))
-        note = f"grid {grid}, rounds {case.rounds}, all {case.peers} hold the same bits"
+        note = f"{grid}, {case.rounds} rounds, same bits"
         figures.append(Figure("exactness", case.name, max(errors), "rel. error", Goal.AT_MOST, ERROR_MAX, note))
     return Measured(tuple(figures))

@@ -12,7 +12,7 @@ from enum import Enum
 
 
 class WrongResult(Exception):
-    """What was averaged is not what should have come out, or not all took part. The message says who and by how much."""
+    """Not the mean that should have come out, or not everybody took part. The message says who and by how much."""
 
 
 class Goal(Enum):

@@ -43,9 +43,7 @@ def measure(*, quick: bool) -> Measured:
     return Measured(
         (
             Figure("idle", "resident memory", max(megabytes), "MB", Goal.AT_MOST, MEGABYTES_MAX, "worst of 4"),
-            Figure(
-                "idle", f"processor over {watch_s:g} s", max(busy), "%", Goal.AT_MOST, CORE_PERCENT_MAX, "of a core"
-            ),
+            Figure("idle", f"share of a core over {watch_s:g} s", max(busy), "%", Goal.AT_MOST, CORE_PERCENT_MAX),
             Figure("idle", "moshpitd status, median of 10", status, "s", Goal.AT_MOST, STATUS_SECONDS_MAX),
         ),
         {"core_percent": busy, "megabytes": megabytes, "status_s": answers},

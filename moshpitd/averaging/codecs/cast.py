@@ -27,13 +27,13 @@ class Cast:
         target = DTYPES[self.name]
         return dtype if self.name == "float32" or dtype.itemsize <= target.itemsize else target
 
-    def encode(self, values: Floats) -> bytes:
+    def encode(self, values: Floats) -> bytes | memoryview:
         wire = self._wire(values.dtype)
         if wire == values.dtype:
-            return values.tobytes()
+            return values.view(np.uint8).data
         if self.name == "float16":
             values = np.clip(values, -_FLOAT16_MAX, _FLOAT16_MAX)
-        return values.astype(wire).tobytes()
+        return values.astype(wire).view(np.uint8).data
 
     def decode(self, payload: bytes | memoryview, dtype: np.dtype, elements: int) -> Floats:
         wire = self._wire(dtype)

@@ -15,8 +15,8 @@ class Codec(Protocol):
     @property
     def name(self) -> str: ...
 
-    def encode(self, values: Floats) -> bytes:
-        """`values`: one-dimensional, of any dtype in DTYPES."""
+    def encode(self, values: Floats) -> bytes | memoryview:
+        """`values`: one-dimensional, of any dtype in DTYPES. May return a view of them: they must not change after."""
         ...
 
     def decode(self, payload: bytes | memoryview, dtype: np.dtype, elements: int) -> Floats:
