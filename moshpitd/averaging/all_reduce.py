@@ -270,7 +270,7 @@ class AllReduce:
         """This member does not go on, as the door or a timer found out, or another member that needs it `asked`."""
         if rank not in self._live or rank == self.rank or rank in self._suspected or self.state is State.FAILED:
             return
-        if self.state is State.READY and rank in self._ready and not asked:
+        if self.state is State.READY and not asked and not self._owes(rank):
             return  # it said all we need of it, and may have committed and left
         self._suspected[rank] = why
         self._log(f"suspects {self._name(rank)}: {why}")
@@ -545,6 +545,8 @@ class AllReduce:
         return ""
 
     def _owes(self, rank: Rank) -> bool:
+        if rank == self._speaker() and any(other in self._suspected for other in self._live):
+            return not self.finished  # a view without those
         match self.state:
             case State.EXCHANGING:
                 return self._owes_contribution(rank) or self._owes_average(rank)
@@ -573,9 +575,8 @@ class AllReduce:
             self._accused.append(rank)
 
     def _open_or_ask_for_view(self, rank: Rank, now: float) -> None:
-        speaker = next(r for r in self._live if r not in self._suspected)
         why = self._suspected[rank]
-        if speaker != self.rank:
+        if (speaker := self._speaker()) != self.rank:
             self._tell(speaker, Suspect(self.group.group_id, self._view, rank, why))
             return
         live = tuple(r for r in self._live if r not in self._suspected)
@@ -583,6 +584,10 @@ class AllReduce:
         view = View(self.group.group_id, self._view + 1, self.rank, live, reasons)
         self._tell_live(view)
         self._enter_view(view, now)
+
+    def _speaker(self) -> Rank:
+        """Who opens views: the lowest of those who go on."""
+        return next(rank for rank in self._live if rank not in self._suspected)
 
     def _receive_view(self, view: View, sender: Rank, now: float) -> None:
         """Of its author, or passed on by another member of it."""

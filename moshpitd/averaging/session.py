@@ -797,13 +797,13 @@ class Session:
     def _round_without_group(self, matchmaking: Matchmaking, now: float) -> None:
         current = self._current
         assert current is not None
-        late = matchmaking.now_k is not None
+        late = matchmaking.now_k is not None and matchmaking.now_k > current.k
         if late and current.j == 0:
             assert matchmaking.now_k is not None
             self._next_k = max(self._next_k, matchmaking.now_k)
-            current.k = max(current.k, matchmaking.now_k)
             newcomer = self._last_k < 0 and current.call.epoch is None
             if newcomer and now < current.deadline:  # it cannot know what is open: the next one then
+                current.k = self._next_k
                 self._become(State.GATHERING)
                 current.next_look_up = now
                 self._begin_if_possible(now)
@@ -915,6 +915,9 @@ class Session:
             outcome = Outcome.COMPLETE
         else:
             outcome = Outcome.PARTIAL
+        if outcome is Outcome.ALONE and any(_weighs_nothing(r) for r in current.rounds):
+            self._fail(InvalidInput("all weights in this averaging are 0: give at least one peer a positive weight"))
+            return
         reasons = [f"round {r.round}: {r.why}" for r in current.rounds if r.why]
         if len(current.rounds) < planned and outcome is Outcome.PARTIAL:
             reasons.append(f"time for {len(current.rounds)} of {planned} rounds")
@@ -1126,3 +1129,7 @@ class Session:
 
     def _log(self, text: str) -> None:
         self._effects.append(Log(text))
+
+
+def _weighs_nothing(receipt: RoundReceipt) -> bool:
+    return len(receipt.members) > 1 and all(member.weight == 0 for member in receipt.members)
