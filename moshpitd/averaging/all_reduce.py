@@ -120,7 +120,8 @@ class AllReduce:
         count = len(self._pieces)
         self._owner: list[Rank] = [piece.reducer for piece in self._pieces]
         self._made_in = [NOT_HELD] * count
-        self._maker: list[Rank] = list(self._owner)
+        self._able: dict[int, list[Rank]] = {}
+        """Who could reduce, by view: tells who made a piece that another served."""
         self._checksum = [b""] * count
         self._present: list[tuple[Rank, ...]] = [()] * count
         self._missing = count
@@ -193,7 +194,7 @@ class AllReduce:
         lines: list[SpanLine] = []
         peers = [member.peer for member in self.group.members]
         for piece in self._pieces:
-            reducer = peers[self._maker[piece.index]]
+            reducer = peers[self._maker(piece.index)]
             contributors = tuple(peers[rank] for rank in self._present[piece.index])
             last = lines[-1] if lines else None
             if last and last.stop == piece.start and (last.reducer, last.contributors) == (reducer, contributors):
@@ -382,7 +383,7 @@ class AllReduce:
             return
         if view != self._view:
             return  # made in a view that is over; the new one decides about this piece
-        self._hold(index, made_in=view, maker=self.rank, present=present, checksum=value.checksum)
+        self._hold(index, made_in=view, present=present, checksum=value.checksum)
         self._inbox[index].clear()
         others = [rank for rank in self._live if rank != self.rank]
         if others:
@@ -416,14 +417,11 @@ class AllReduce:
         if isinstance(value, str):
             self._accuse(sender, value)
         elif view == self._view:
-            first_made_by = self._pieces[chunk.index].reducer
-            maker = first_made_by if chunk.decoded and chunk.made_in == 0 else sender
-            self._hold(chunk.index, made_in=chunk.made_in, maker=maker, present=chunk.contributors, checksum=value)
+            self._hold(chunk.index, made_in=chunk.made_in, present=chunk.contributors, checksum=value)
 
-    def _hold(self, index: int, *, made_in: int, maker: Rank, present: tuple[Rank, ...], checksum: bytes) -> None:
+    def _hold(self, index: int, *, made_in: int, present: tuple[Rank, ...], checksum: bytes) -> None:
         assert self._made_in[index] == NOT_HELD
         self._made_in[index] = made_in
-        self._maker[index] = maker
         self._present[index] = present
         self._checksum[index] = checksum
         self._missing -= 1
@@ -636,7 +634,7 @@ class AllReduce:
             return
         mine = self._holdings[self.rank]
         assert mine == tuple(self._made_in)
-        able = [rank for rank in self._live if self.group.members[rank].dialable]
+        able = self._able[self._view] = [rank for rank in self._live if self.group.members[rank].dialable]
         if len(self._live) == 1 and self._missing:
             self._become_failed("everybody else is gone")
             return
@@ -682,6 +680,11 @@ class AllReduce:
         """
         reducer, n = self._pieces[index].reducer, len(self.group.members)
         return min(able, key=lambda rank: (rank != reducer, (rank - index) % n))
+
+    def _maker(self, index: int) -> Rank:
+        """Who reduced a piece that we hold. All who go on were in the view it was made in."""
+        able = self._able.get(self._made_in[index])
+        return self._owner_among(able, index) if able else self._pieces[index].reducer
 
     def _replay_early(self, now: float) -> None:
         waiting, self._early = self._early, deque(maxlen=self._early.maxlen)

@@ -210,7 +210,7 @@ class Matchmaking:
             case Kept():
                 self._receive_kept(message, sender, now)
             case Redirect():
-                if message.attempt == self._attempt and self.state is State.APPLYING and self._is_asked(sender):
+                if message.attempt == self._attempt and self._is_seeking_with(sender):
                     self._follow(Candidate(message.leader, message.address), now)
             case TooShort():
                 if message.attempt == self._attempt and self._is_seeking_with(sender):
@@ -328,6 +328,13 @@ class Matchmaking:
     def _follow(self, leader: Candidate, now: float) -> None:
         if leader.peer == self.round.me or leader.peer in self._given_up:
             return
+        if self.state is State.WAITING:
+            # Who led us met one before it and leads no more. Only ever upwards: redirects cannot go in circles.
+            assert self._target is not None
+            if leadership(self.round.key, leader.peer) >= leadership(self.round.key, self._target.peer):
+                return
+            self._say(self._target, Leave(self.round.key, self._attempt))
+            self.state = State.APPLYING
         if self._target is None or self._target.peer != leader.peer:
             self._apply(leader, None, now)
 
@@ -369,6 +376,10 @@ class Matchmaking:
             for peer, join in list(self._parked.items()):
                 del self._parked[peer]
                 self._answer(join, Redirect(self.round.key, join.attempt, sender, self._target.address))
+            for application in self._applications.values():  # we led until we heard of one before us
+                to = Candidate(application.member.peer, application.member.address)
+                self._say(to, Redirect(self.round.key, application.attempt, sender, self._target.address))
+            self._applications.clear()
         if sender == self._target.peer:
             self._present, self._awaited = kept.present, kept.expected
             self._patience_until = now + max(kept.patience_s, self._config.rejoin_s + self._config.join_patience_s)

@@ -84,8 +84,9 @@ class Membership:
         self._known: dict[PeerId, Known] = {}
         self._suspects: dict[PeerId, tuple[Incarnation, int]] = {}
         self._plans: list[PlanNotice] = []
-        self._claim: tuple[bytes, Cell, int] | None = None
-        """Plan digest, cell, first k: our own place as a joiner."""
+        self._claims: dict[bytes, tuple[Cell, int]] = {}
+        """Our own places as a joiner: by plan digest the cell and the averaging from which it holds. A plan is known
+        before it begins, so there may be one under the plan in force and one under the next."""
 
     # ---- inputs
 
@@ -293,23 +294,24 @@ class Membership:
         """Our own cell: by the plan's roster, else claimed as a joiner where the grid is emptiest."""
         if self._me in plan.cells:
             return plan.cells[self._me]
-        if self._claim is None or self._claim[0] != plan.digest or self._claim_is_lost(plan):
+        if plan.digest not in self._claims or self._claim_is_lost(plan):
             held = self._cells_held(plan, without_us=True)
             cell = Loads(plan.sides, held.values()).emptiest(digest("claim", plan.digest, self._me))
-            self._claim = (plan.digest, cell, k)
-        return self._claim[1]
+            known = [notice.plan.digest for notice in self._plans]
+            self._claims = {plan: claim for plan, claim in self._claims.items() if plan in known}
+            self._claims[plan.digest] = (cell, k)
+        return self._claims[plan.digest][0]
 
-    def claim(self) -> tuple[Cell, int]:
-        """What our lease says of it."""
-        newest = self.newest_plan()
-        if self._claim is None or newest is None or self._claim[0] != newest.plan.digest:
+    def claim_under(self, plan: Plan, k: int) -> tuple[Cell, int]:
+        """What our lease says of our cell: the one we claim as a joiner and the averaging from which it holds."""
+        if self._me in plan.cells:
             return (), 0
-        return self._claim[1], self._claim[2]
+        self.cell(plan, k)
+        return self._claims[plan.digest]
 
     def _claim_is_lost(self, plan: Plan) -> bool:
         """Another joiner claimed our cell before us, and there is an emptier one."""
-        assert self._claim is not None
-        _, mine, since = self._claim
+        mine, since = self._claims[plan.digest]
         rivals = [
             (known.lease.claim_k, digest("claim", plan.digest, peer))
             for peer, known in self.others().items()
@@ -333,8 +335,8 @@ class Membership:
         held = {peer: cell for peer in self.others() if (cell := self.cell_of(peer, plan)) is not None}
         if not without_us and self._me in plan.cells:
             held[self._me] = plan.cells[self._me]
-        elif not without_us and self._claim and self._claim[0] == plan.digest:
-            held[self._me] = self._claim[1]
+        elif not without_us and plan.digest in self._claims:
+            held[self._me] = self._claims[plan.digest][0]
         return held
 
     # ---- lines

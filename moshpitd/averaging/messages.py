@@ -35,9 +35,9 @@ class Lease:
     plan_version: int
     """Of the newest plan it knows; 0: none."""
     plan: bytes
-    """First 8 bytes of that plan's digest."""
+    """First 8 bytes of the digest of the plan in force for k: a newer one may be known before it begins."""
     claim: Cell
-    """A joiner's cell under that plan; empty for members of the plan's roster."""
+    """A joiner's cell under the plan in force; empty for members of its roster."""
     claim_k: int
     """The averaging from which the claim holds: of two claims the older one wins."""
     pin: str

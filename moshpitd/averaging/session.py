@@ -215,6 +215,8 @@ class Averaging:
     round_started_at: float = 0.0
     reduce_started_at: float = 0.0
     plan: Plan | None = None
+    cell: Cell = ()
+    """Ours in all rounds of this averaging, whatever is claimed meanwhile."""
     axis: int = 0
     matchmaking: Matchmaking | None = None
     reduction: AllReduce | None = None
@@ -669,14 +671,15 @@ class Session:
     def _begin_round(self, now: float) -> None:
         current = self._current
         assert current is not None
-        plan = self._members.plan_for(current.k) if current.j == 0 else current.plan
-        assert plan is not None
-        if current.k != self._next_k:
+        if current.j == 0:
             self._next_k = current.k
-        current.plan = plan
+            current.plan = self._members.plan_for(current.k)
+            assert current.plan is not None
+            current.cell = self._members.cell(current.plan, current.k)
+        plan, cell = current.plan, current.cell
+        assert plan is not None
         current.axis = plan.axis(current.k, current.j, self._rounds_planned(plan))
         current.round_started_at = now
-        cell = self._members.cell(plan, current.k)
         matchmaking = self._matchmaking(plan, current.k, current.j, current.axis, cell)
         if matchmaking.state is not MatchmakingState.KEEPING:  # a first try of this round ended: its place is taken
             del self._matchmakings[matchmaking.round.key]
@@ -1071,17 +1074,18 @@ class Session:
         if self.state is State.CLOSED:
             return
         newest = self._members.newest_plan()
-        if newest and self._here.peer not in newest.plan.cells:
-            self._members.cell(newest.plan, self._next_k)
-        claim, claim_k = self._members.claim()
+        k = self._current.k if self._current else self._next_k
+        # A joiner's cell is told under the plan that counts now: a newer one may be known before it begins.
+        plan = self._plan_in_force() or (newest.plan if newest else None)
+        claim, claim_k = self._members.claim_under(plan, k) if plan else ((), 0)
         lease = Lease(
             terms=self.terms.digest,
             address=self._here.address,
             dialable=self._here.dialable,
-            k=self._current.k if self._current else self._next_k,
+            k=k,
             last_k=self._last_k,
             plan_version=newest.plan.version if newest else 0,
-            plan=newest.plan.digest[:8] if newest else b"",
+            plan=plan.digest[:8] if plan else b"",
             claim=claim,
             claim_k=claim_k,
             pin=self._config.pin,

@@ -19,7 +19,6 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
 from moshpitd.averaging import messages
-from moshpitd.averaging.all_reduce import VIEWS_MAX
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.messages import Address, Chunk, Message, Record
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank
@@ -211,7 +210,7 @@ def chunk_from(frame: bytes) -> Chunk:
         head = peer_pb2.Chunk.FromString(bytes(view[at:field_at]))
     except (DecodeError, IndexError) as wrong:
         raise RemoteProtocolError(f"a chunk that is no protobuf: {wrong}") from wrong
-    if len(head.contributors) > REPEATED_MAX or head.view > VIEWS_MAX:
+    if len(head.contributors) > REPEATED_MAX or head.view > REPEATED_MAX:
         raise RemoteProtocolError("a chunk with impossible numbers")
     return Chunk(
         head.index,

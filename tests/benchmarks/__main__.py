@@ -54,8 +54,8 @@ def main() -> int:
         try:
             found[name] = BENCHMARKS[name](quick=arguments.quick)
         except (WrongResult, SwarmFailed) as error:
-            failures[name] = str(error)
-            notes.print(f"{name}: {error}", style="red", markup=False)
+            failures[name] = "\n".join([str(error), *getattr(error, "__notes__", ())])
+            notes.print(f"{name}: {failures[name]}", style="red", markup=False)
         else:
             notes.print(f"{name}: {time.monotonic() - began:.0f} s", style="dim")
     report = {

@@ -17,6 +17,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.synchronize
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -163,14 +164,19 @@ class Swarm:
 
 @contextlib.contextmanager
 def running(count: int, *flags: str) -> Iterator[Swarm]:
-    """A swarm of so many daemons, started with these flags."""
-    with tempfile.TemporaryDirectory(prefix="moshpit-") as home:
-        swarm = Swarm(Path(home), flags)
-        try:
-            swarm.start(count)
-            yield swarm
-        finally:
-            swarm.stop()
+    """A swarm of so many daemons, started with these flags. Their logs are kept, and named, when the block fails."""
+    home = Path(tempfile.mkdtemp(prefix="moshpit-"))
+    swarm = Swarm(home, flags)
+    try:
+        swarm.start(count)
+        yield swarm
+    except (SwarmFailed, WrongResult) as error:
+        error.add_note(f"the daemons' logs: {home}/*/log")
+        raise
+    else:
+        shutil.rmtree(home)
+    finally:
+        swarm.stop()
 
 
 class Trainers:
