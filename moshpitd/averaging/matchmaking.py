@@ -10,7 +10,7 @@ once; the leader closes the group when all who are expected are there, at the gr
 | KEEPING  | no trainer here yet; early joins are kept, even led | seek() -> APPLYING or LEADING                       |
 | APPLYING | our join is out, nobody leads us yet                | Kept by a leader -> WAITING; nobody left -> LEADING |
 | WAITING  | a leader keeps our join                             | Begin -> BOUND; the leader falls -> APPLYING        |
-| LEADING  | no live candidate is before us                      | everybody here, grace or time -> BOUND or ENDED     |
+| LEADING  | no live candidate is before us                      | all here, grace, time -> BOUND, ENDED; one -> APPLYING |
 | BOUND    | the group is closed and we are in it                | (none; answers late joins)                          |
 | ENDED    | no group for us, `why` says why                     | (none; answers late joins)                          |
 
@@ -303,6 +303,8 @@ class Matchmaking:
             for peer, join in list(self._parked.items()):
                 del self._parked[peer]
                 self._admit(join, now)
+        elif self.state is State.LEADING:
+            self._become_applicant_again()
         if self.state is State.APPLYING and (self._target is None or self._target.peer in self._given_up):
             self._apply_to_next(now)
         self._close_if_due(now)
@@ -623,6 +625,14 @@ class Matchmaking:
         self._log("leads")
         self._file(self._mine, 0, max(0.0, self._wait_until - now), now)
         self._settle(now)
+
+    def _become_applicant_again(self) -> None:
+        """One before us turned up. Who applied here is sent on when that one says that it leads, not before."""
+        assert self.state is State.LEADING
+        self.state = State.APPLYING
+        self._target = self._standby = None
+        self._applications.pop(self.round.me, None)
+        self._log("leads no more")
 
     def _become_bound(self, group: Group, now: float) -> None:
         assert self.state in (State.APPLYING, State.WAITING, State.LEADING)
