@@ -108,14 +108,14 @@ class AllReduce:
         self._contributors = tuple(Rank(r) for r in range(n) if self._weights[r] > 0)
         self._pieces = pieces_of(values.layout, group.spans, group.chunk_bytes)
         self._view = 0
-        self._author = Rank(0)
         self._opened: View | None = None
         """The view we are in, for those who may have missed it."""
         self._live: tuple[Rank, ...] = tuple(Rank(r) for r in range(n))
         self._committed: tuple[Rank, ...] = ()
         self._dropped: dict[Rank, str] = {}
         self._suspected: dict[Rank, str] = {}
-        self._accused: list[Rank] = []
+        self._asked: Rank | None = None
+        """Who owes us a view without those we suspect."""
 
         count = len(self._pieces)
         self._owner: list[Rank] = [piece.reducer for piece in self._pieces]
@@ -220,8 +220,10 @@ class AllReduce:
                 beat.moved(moved, now)
             case Suspect(view=view, rank=rank, why=why):
                 self._check_rank(rank)
-                if view == self._view and sender in self._live and rank not in (self.rank, sender):
+                if view == self._view and sender in self._live and rank != sender:
                     self.suspect(rank, why, now, asked=True)
+                elif view < self._view and self._opened and sender in self._live:
+                    self._tell(sender, self._opened)  # the author of our view did not live to tell it
             case View():
                 self._receive_view(message, sender, now)
             case Ready(view=view) | Holdings(view=view) if view > self._view:
@@ -263,19 +265,16 @@ class AllReduce:
             then(value)
             self._assign_if_agreed(now)
             self._become_ready_if_done(now)
-            accused, self._accused = self._accused, []
-            for rank in accused:
-                self._open_or_ask_for_view(rank, now)
+            self._seek_view(now)
 
     def suspect(self, rank: Rank, why: str, now: float, *, asked: bool = False) -> None:
         """This member does not go on, as the door or a timer found out, or another member that needs it `asked`."""
-        if rank not in self._live or rank == self.rank or rank in self._suspected or self.state is State.FAILED:
+        if self.state is State.FAILED:
             return
         if self.state is State.READY and not asked and not self._owes(rank):
             return  # it said all we need of it, and may have committed and left
-        self._suspected[rank] = why
-        self._log(f"suspects {self._name(rank)}: {why}")
-        self._open_or_ask_for_view(rank, now)
+        self._accuse(rank, why)
+        self._seek_view(now)
 
     def handle_timer(self, now: float) -> None:
         if self.finished:
@@ -520,10 +519,9 @@ class AllReduce:
                 continue
             if self._opened and self.state is State.AGREEING and rank not in self._holdings:
                 self._tell(rank, self._opened)  # its author may have died before it told everybody
-            if rank in self._suspected:
-                self._open_or_ask_for_view(rank, now)
-            elif why := self._stopped(rank, now):
-                self.suspect(rank, why, now)
+            if why := self._stopped(rank, now):
+                self._accuse(rank, why)
+        self._seek_view(now)
 
     def _stopped(self, rank: Rank, now: float) -> str:
         """Why this member must be taken for stopped; empty while it moves or owes us nothing."""
@@ -567,19 +565,29 @@ class AllReduce:
     # ---- views
 
     def _accuse(self, rank: Rank, why: str) -> None:
-        """As `suspect`, from inside a job's end: carried out when the job is over."""
+        """The next `_seek_view` is to leave this member out."""
         if rank in self._live and rank != self.rank and rank not in self._suspected:
             self._suspected[rank] = why
-            self._accused.append(rank)
+            self._log(f"suspects {self._name(rank)}: {why}")
 
-    def _open_or_ask_for_view(self, rank: Rank, now: float) -> None:
-        why = self._suspected[rank]
-        if (speaker := self._speaker()) != self.rank:
-            self._tell(speaker, Suspect(self.group.group_id, self._view, rank, why))
+    def _seek_view(self, now: float) -> None:
+        """Open a view without those we suspect, or ask the one who speaks for the rest to open it."""
+        out = [rank for rank in self._live if rank in self._suspected]
+        if not out or self.state is State.FAILED:
             return
-        live = tuple(r for r in self._live if r not in self._suspected)
-        reasons = "; ".join(f"{self._name(r)} {why}" for r, why in self._suspected.items() if r in self._live)
-        view = View(self.group.group_id, self._view + 1, self.rank, live, reasons)
+        if (speaker := self._speaker()) != self.rank:
+            if speaker != self._asked:
+                self._asked = speaker
+                self._beats[speaker].restart(now)  # it may have committed long ago: from now on it owes us an answer
+            for rank in out:
+                self._tell(speaker, Suspect(self.group.group_id, self._view, rank, self._suspected[rank]))
+            return
+        live = tuple(rank for rank in self._live if rank not in self._suspected)
+        reasons = "; ".join(f"{self._name(rank)} {self._suspected[rank]}" for rank in out)
+        n = len(self.group.members)
+        # No two authors use the same number, so that Holdings and Ready tell which of two crossing views they mean.
+        number = (self._view // n + 1) * n + self.rank
+        view = View(self.group.group_id, number, self.rank, live, reasons)
         self._tell_live(view)
         self._enter_view(view, now)
 
@@ -589,23 +597,24 @@ class AllReduce:
 
     def _receive_view(self, view: View, sender: Rank, now: float) -> None:
         """Of its author, or passed on by another member of it."""
-        members = set(range(len(self.group.members)))
-        if not view.live or view.author != min(view.live) or sender not in view.live or not set(view.live) <= members:
+        n, live = len(self.group.members), set(view.live)
+        if not live <= set(range(n)) or len(live) < len(view.live) or sender not in live or view.author != min(live):
             raise RemoteProtocolError(f"{self._name(sender)} opened an impossible view")
-        if len(set(view.live)) != len(view.live) or not 0 < view.number <= len(members) - len(view.live):
-            raise RemoteProtocolError(f"{self._name(sender)} opened view {view.number} for {len(view.live)} members")
-        higher = view.number > self._view or (view.number == self._view and view.author < self._author)
-        if not higher or self.state is State.FAILED or sender not in self._live:
+        if view.number % n != view.author or not 1 <= view.number // n <= n - len(live):
+            raise RemoteProtocolError(f"{self._name(sender)} opened view {view.number} for {len(live)} of {n}")
+        if view.number <= self._view or self.state is State.FAILED:
             return
-        if set(view.live) <= set(self._live):  # else its author did not hear of those who are out: they stay out
+        if live <= set(self._live):  # else its author has not heard of those who are out here: they stay out
             self._enter_view(view, now)
 
     def _enter_view(self, view: View, now: float) -> None:
         for rank in self._live:
             if rank not in view.live:
                 self._dropped[rank] = self._suspected.get(rank) or view.why
-        self._view, self._author, self._opened = view.number, view.author, view
+        self._view, self._opened = view.number, view
         self._live = tuple(sorted(view.live))
+        self._able[self._view] = [rank for rank in self._live if self.group.members[rank].dialable]
+        self._asked = None
         self._log(f"view {view.number}: {len(self._live)} of {len(self.group.members)} go on; {view.why}")
         if self.state is State.COMMITTED:  # nothing to take back: say what we hold, for those who still need it
             self._tell_live(Holdings(self.group.group_id, self._view, tuple(self._made_in)))
@@ -634,7 +643,7 @@ class AllReduce:
             return
         mine = self._holdings[self.rank]
         assert mine == tuple(self._made_in)
-        able = self._able[self._view] = [rank for rank in self._live if self.group.members[rank].dialable]
+        able = self._able[self._view]
         if len(self._live) == 1 and self._missing:
             self._become_failed("everybody else is gone")
             return

@@ -10,7 +10,8 @@ once; the leader closes the group when all who are expected are there, at the gr
 | KEEPING  | no trainer here yet; early joins are kept, even led | seek() -> APPLYING or LEADING                       |
 | APPLYING | our join is out, nobody leads us yet                | Kept by a leader -> WAITING; nobody left -> LEADING |
 | WAITING  | a leader keeps our join                             | Begin -> BOUND; the leader falls -> APPLYING        |
-| LEADING  | no live candidate is before us                      | all here, grace, time -> BOUND, ENDED; one -> APPLYING |
+| LEADING  | no live candidate is before us                      | everybody here, grace or time -> BOUND or ENDED;    |
+|          |                                                     | one before us turns up -> APPLYING                  |
 | BOUND    | the group is closed and we are in it                | (none; answers late joins)                          |
 | ENDED    | no group for us, `why` says why                     | (none; answers late joins)                          |
 

@@ -204,9 +204,6 @@ class PeerDoor:
             self._enter(conversation)
             for session, message in self._dialling.pop(peer, []):
                 conversation.tell(session, message)
-            if not self._dialable_known and self._announced:
-                self._dialable_known = True
-                self._spawn(self._learn_dialable(conversation))
             try:
                 await conversation.run(_frames(call), call.write, self._hear)
                 return "ended the conversation"
@@ -280,6 +277,9 @@ class PeerDoor:
 
     def _enter(self, conversation: Conversation) -> None:
         self._conversations.setdefault(conversation.peer, []).append(conversation)
+        if not self._dialable_known and self._announced:
+            self._dialable_known = True
+            self._spawn(self._learn_dialable(conversation))
 
     def _leave(self, conversation: Conversation) -> None:
         several = self._conversations.get(conversation.peer, [])
