@@ -7,6 +7,7 @@ timer) is handed to the session's machine; then the machine's effects are carrie
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections import deque
@@ -54,6 +55,8 @@ from moshpitd.peer.door import PeerDoor
 
 log = logging.getLogger("moshpitd.session")
 
+NEIGHBOURS_ASKED = 3
+
 
 @dataclass(frozen=True, slots=True)
 class DriverConfig:
@@ -63,6 +66,8 @@ class DriverConfig:
     """Jobs that read no more than this run on the event loop; larger ones in a thread, where numpy lets the loop go."""
     threads: int = 2
     """For jobs. More than the machine has cores to spare only makes trainers slower."""
+    dialable_patience_s: float = 3.0
+    """How long the first session waits to hear whether others can dial us; without an answer we claim that they can."""
     sessions_max: int = 64
     receipts_max: int = 200
     """Receipts kept for `rounds` and `explain`."""
@@ -139,7 +144,9 @@ class Driver:
         self._opened = 0
         self.dialable: bool | None = None
         """Whether another peer could dial us; None while nobody tried."""
+        self._dialable_known = asyncio.Event()
         peer_door.announce_as(Address(announce))
+        self.spawn(self._learn_dialable())
 
     # ---- the face to the local door
 
@@ -147,6 +154,7 @@ class Driver:
         """Open a session; returns its id. Precondition when its name is taken on this daemon."""
         if self._draining:
             raise Unavailable("the daemon is leaving: no new sessions")
+        await self._dialable_or_nobody_to_ask()
         if len(self._running) >= self._config.sessions_max:
             raise Exhausted(f"{len(self._running)} sessions are open on this daemon: close one first")
         taken = next((r for r in self._running.values() if r.machine.options.name == options.name), None)
@@ -307,9 +315,28 @@ class Driver:
 
     def dialable_found(self, *, dialable: bool) -> None:
         self.dialable = dialable
+        self._dialable_known.set()
         self._here = replace(self._here, dialable=dialable)
         for running in self._running.values():
             running.feed(partial(running.machine.relocate, self._here))
+
+    async def _learn_dialable(self) -> None:
+        """Before anybody relies on our address: have a neighbour dial it. The peer door asks whoever converses first."""
+        await self._directory.wait_ready()
+        pause_s = self._config.dialable_patience_s
+        while not self._dialable_known.is_set():
+            for near in self._directory.neighbours()[:NEIGHBOURS_ASKED]:
+                self._door.meet(near.peer, str(near.address))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._dialable_known.wait()
+            pause_s = min(2 * pause_s, 60.0)
+
+    async def _dialable_or_nobody_to_ask(self) -> None:
+        if self._directory.is_ready and self._directory.neighbours():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._config.dialable_patience_s):
+                    await self._dialable_known.wait()
 
     # ---- for the running sessions
 

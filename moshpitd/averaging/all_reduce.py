@@ -541,8 +541,8 @@ class AllReduce:
         return ""
 
     def _owes(self, rank: Rank) -> bool:
-        if rank == self._speaker() and any(other in self._suspected for other in self._live):
-            return not self.finished  # a view without those
+        if rank == self._asked:
+            return not self.finished
         match self.state:
             case State.EXCHANGING:
                 return self._owes_contribution(rank) or self._owes_average(rank)

@@ -53,6 +53,8 @@ from moshpitd.averaging.vector import Layout
 
 APPLICANTS_MAX = 4096
 """Joins kept for one key."""
+HAILED = 0
+"""The attempt number in an answer to a Hail; joins count from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,8 @@ class Matchmaking:
         """Why there is none, once ENDED."""
         self.now_k: int | None = None
         """What one that told us Closed goes by."""
+        self.missed: tuple[PeerId, ...] = ()
+        """Who was expected when we found nobody."""
         self.declined: list[tuple[PeerId, str]] = []
         """Members that answered our Begin with Bound; the owner takes them out."""
         self._config = config
@@ -156,6 +160,11 @@ class Matchmaking:
         self._late: dict[PeerId, Application] = {}
         self._late_until = 0.0
         self._hail_at: float | None = None
+        self._hailed: set[PeerId] = set()
+        self._callers: dict[PeerId, Candidate] = {}
+        """Those that said they lead, whether our owner knows them or not."""
+        self._turned_away = False
+        """Somebody waited here in vain for a second member: the next one waits for the grace only."""
         self._unacknowledged: dict[PeerId, int] = {}
         self._next_begin = 0.0
 
@@ -174,7 +183,7 @@ class Matchmaking:
         self, candidates: list[Candidate], expected: tuple[PeerId, ...], grace_s: float | None, now: float
     ) -> None:
         """Who could lead (in any order, ourselves only if dialable), who is waited for, how long after the first."""
-        self._candidates = sorted(candidates, key=lambda c: leadership(self.round.key, c.peer))
+        self._order_candidates(candidates)
         self._expected = expected
         self._grace_s = grace_s
         self._settle(now)
@@ -203,11 +212,9 @@ class Matchmaking:
             case Join():
                 self._receive_join(message, sender, now)
             case Hail():
-                pass
+                self._receive_hail(sender, now)
             case Leave():
-                self._applications.pop(sender, None)
-                self._parked.pop(sender, None)
-                self._late.pop(sender, None)
+                self._part_with(sender)
             case Kept():
                 self._receive_kept(message, sender, now)
             case Redirect():
@@ -224,6 +231,9 @@ class Matchmaking:
                 if message.attempt == self._attempt and self._is_seeking_with(sender):
                     self.now_k = message.now_k
                     self._become_ended(f"averaging {message.k} closed {message.closed_s_ago:.1f} s ago", now)
+                elif message.attempt == HAILED and sender in self._hailed and self._leads_nobody():
+                    self.now_k = message.now_k
+                    self._become_ended(f"averaging {message.k} closed {message.closed_s_ago:.1f} s ago without us", now)
             case Begin(group=group):
                 self._receive_begin(group, sender, now)
             case Begun(group_id=group_id):
@@ -238,9 +248,7 @@ class Matchmaking:
 
     def peer_lost(self, peer: PeerId, why: str, now: float) -> None:
         """No channel to this peer, or its channel broke."""
-        self._applications.pop(peer, None)
-        self._parked.pop(peer, None)
-        self._late.pop(peer, None)
+        self._part_with(peer)
         self._unacknowledged.pop(peer, None)
         self._give_up_candidate(peer, why, now)
 
@@ -309,6 +317,10 @@ class Matchmaking:
         if self.state is State.APPLYING and (self._target is None or self._target.peer in self._given_up):
             self._apply_to_next(now)
         self._close_if_due(now)
+
+    def _order_candidates(self, candidates: list[Candidate]) -> None:
+        every = {**self._callers, **{candidate.peer: candidate for candidate in candidates}}
+        self._candidates = sorted(every.values(), key=lambda c: leadership(self.round.key, c.peer))
 
     def _apply_to_next(self, now: float) -> None:
         before = self._before_us()
@@ -432,7 +444,7 @@ class Matchmaking:
         applicant = join.applicant.peer
         if (sender != applicant) != join.passed_on or applicant == self.round.me:
             raise RemoteProtocolError(f"{short(sender)} sent a join of {short(applicant)}")
-        if self._closed or self.group or (self.state is State.ENDED and self._closed_at is not None):
+        if self._closed or self.group:
             self._answer_late(join, now)
         elif self._leads():
             self._admit(join, now)
@@ -489,6 +501,13 @@ class Matchmaking:
             self._first_arrival = now
             self._hail_at = now + self._config.hail_after_s
 
+    def _part_with(self, peer: PeerId) -> None:
+        self._applications.pop(peer, None)
+        self._parked.pop(peer, None)
+        self._late.pop(peer, None)
+        if not self._applications:
+            self._first_arrival = self._hail_at = None
+
     def _kept(self, attempt: int) -> Kept:
         here = len(self._applications)
         missing = sum(1 for peer in self._expected if peer not in self._applications)
@@ -499,6 +518,8 @@ class Matchmaking:
         """When the group closes at the latest, as things stand."""
         assert self._first_arrival is not None
         latest = min(a.wait_until - self._data_time_s(a.member) for a in self._applications.values())
+        if len(self._applications) < 2 and not self._turned_away:
+            return latest  # no group yet: its caller said how long it waits, and Hail finds out the dead
         if self._grace_s is None:  # nobody knows yet how far apart trainers arrive
             return self._first_arrival + max(0.0, latest - self._first_arrival) / 2
         return min(latest, self._first_arrival + self._grace_s)
@@ -511,8 +532,9 @@ class Matchmaking:
             return
         absent = tuple(Absent(peer, "was expected but did not come in time") for peer in missing)
         applications = sorted(self._applications.values(), key=lambda a: (a.arrived_at, a.member.peer))
-        self._close(applications, absent, now)
         self._applications.clear()
+        self._first_arrival = self._hail_at = None
+        self._close(applications, absent, now)
 
     def _hail_if_due(self, now: float) -> None:
         """Call those we miss; the driver tells us of those it cannot reach, and nobody waits for the dead."""
@@ -521,15 +543,31 @@ class Matchmaking:
         self._hail_at = now + self._config.rejoin_s
         for candidate in self._candidates:
             if candidate.peer in self._expected and candidate.peer not in self._applications:
+                self._hailed.add(candidate.peer)
                 self._say(candidate, Hail(self.round.key))
 
+    def _receive_hail(self, sender: PeerId, now: float) -> None:
+        """It leads and misses us. One that just joined may be before all we know of."""
+        caller = self._address_of(sender)
+        if self._closed or self.group:
+            self._say(caller, self._closed_answer(HAILED, now))
+            return
+        self._given_up.pop(sender, None)
+        self._callers[sender] = caller
+        self._order_candidates(self._candidates)
+        ours = self._target and leadership(self.round.key, self._target.peer)
+        if self.state in (State.APPLYING, State.WAITING) and ours and leadership(self.round.key, sender) < ours:
+            self._follow(caller, now)
+        self._settle(now)
+
     def _close(self, applications: list[Application], absent: tuple[Absent, ...], now: float) -> None:
-        self._closed_at = now
         members = sorted((a.member for a in applications), key=lambda m: (m.coordinate, m.peer))
         if len(members) < 2 or not any(member.dialable for member in members):
             why = "nobody else came" if len(members) < 2 else "nobody in the group can be dialled"
+            self.missed = tuple(one.peer for one in absent)
             self._turn_away(applications, why, now)
             return
+        self._closed_at = now
         first = applications[0].arrived_at
         group = Group(
             group_id=GroupId(self._rng.randbytes(16)),
@@ -558,6 +596,7 @@ class Matchmaking:
 
     def _turn_away(self, applications: list[Application], why: str, now: float) -> None:
         """Too few for a group: each ends alone."""
+        self._turned_away = True
         for application in applications:
             if application.member.peer == self.round.me:
                 self._become_ended(why, now)
@@ -651,7 +690,7 @@ class Matchmaking:
         self.state = State.ENDED
         self.why = why
         self._target = self._standby = None
-        self._applications.pop(self.round.me, None)
+        self._part_with(self.round.me)
         self._log(f"ended: {why}")
         if not self._closed and self._applications:
             self._close_if_due(now)
@@ -685,6 +724,9 @@ class Matchmaking:
 
     def _leads(self) -> bool:
         return self._is_candidate() and self.state is not State.WAITING and not self._before_us()
+
+    def _leads_nobody(self) -> bool:
+        return self.state is State.LEADING and self._applications.keys() <= {self.round.me}
 
     def _is_asked(self, peer: PeerId) -> bool:
         return any(asked is not None and asked.peer == peer for asked in (self._target, self._standby))

@@ -735,7 +735,8 @@ class Session:
         if self._here.dialable:
             candidates.append(Candidate(self._here.peer, self._here.address))
         expected = self._members.expected(plan, line, round_.k)
-        if self._last_k >= 0 or not self._members.has_history(round_.k):
+        regular = self._last_k >= 0 and round_.k <= self._last_k + 2
+        if regular or self._current is not None or not self._members.has_history(round_.k):
             expected = (*expected, self._here.peer)
         matchmaking.update(candidates, expected, self._grace_s(), now)
 
@@ -788,6 +789,7 @@ class Session:
         assert current is not None
         matchmaking = current.matchmaking
         assert matchmaking is not None
+        self._effects += matchmaking.take_effects()  # what it did comes before what follows from it
         if matchmaking.state is MatchmakingState.BOUND:
             assert matchmaking.group is not None
             self._begin_reduction(matchmaking, now)
@@ -800,6 +802,8 @@ class Session:
     def _round_without_group(self, matchmaking: Matchmaking, now: float) -> None:
         current = self._current
         assert current is not None
+        for peer in matchmaking.missed:
+            self._members.missed(peer)
         late = matchmaking.now_k is not None and matchmaking.now_k > current.k
         if late and current.j == 0:
             assert matchmaking.now_k is not None
@@ -867,6 +871,7 @@ class Session:
         reduction, matchmaking = current.reduction, current.matchmaking
         assert reduction is not None
         assert matchmaking is not None
+        self._effects += reduction.take_effects()  # what it did comes before what follows from it
         for peer, why in matchmaking.declined:
             rank = reduction.group.rank_of(peer)
             if rank is not None:

@@ -164,6 +164,12 @@ class PeerDoor:
             self._dialling[peer] = [(session, message)]
             self._spawn(self._dial(peer, address))
 
+    def meet(self, peer: PeerId, address: str) -> None:
+        """Have a conversation with this peer, for its own sake."""
+        if self._conversation_with(peer) is None and peer not in self._dialling and peer != self._identity.peer_id:
+            self._dialling[peer] = []
+            self._spawn(self._dial(peer, address))
+
     def heard_from(self) -> dict[PeerId, float]:
         """Seconds since each peer with an open conversation was last heard."""
         now = asyncio.get_running_loop().time()
