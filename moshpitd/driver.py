@@ -321,7 +321,7 @@ class Driver:
             running.feed(partial(running.machine.relocate, self._here))
 
     async def _learn_dialable(self) -> None:
-        """Before anybody relies on our address: have a neighbour dial it. The peer door asks whoever converses first."""
+        """Before anybody relies on our address: have a neighbour dial it. The door asks whoever converses first."""
         await self._directory.wait_ready()
         pause_s = self._config.dialable_patience_s
         while not self._dialable_known.is_set():

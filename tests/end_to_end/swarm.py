@@ -6,6 +6,7 @@ Knows how to start, await, stop and kill daemons and what they printed. Does not
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -123,7 +124,7 @@ class Peer(Process):
         self.says("^ready, ")
         return self
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         return str(self.json("id")["peer_id"])
 
