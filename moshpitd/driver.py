@@ -237,6 +237,10 @@ class Driver:
         return replace(call, timeout_s=max(0.001, call.timeout_s - (loop.time() - began)))
 
     def sessions(self) -> list[SessionLine]:
+        """All of them as they are known. Being asked makes them look again: an idle one would not notice who came, and
+        a trainer that waits for its initial peers asks until all are there."""
+        for running in self._running.values():
+            running.look_around()
         now = asyncio.get_running_loop().time()
         return [SessionLine(r.session_id, r.machine.options, r.machine.status(now)) for r in self._running.values()]
 
@@ -405,6 +409,10 @@ class Running:
             self.ending = None
             raise
         return ending
+
+    def look_around(self) -> None:
+        """See who else has this session open."""
+        self._carry_out(LookUp(self.machine.key))
 
     def feed(self, put: Callable[[float], None]) -> None:
         """One input, then all that follows from it."""

@@ -23,6 +23,7 @@ a later view re-serves exactly those values.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -136,6 +137,7 @@ class AllReduce:
         self._contributed: list[set[int]] = [set() for _ in range(n)]
         self._publish: list[deque[int]] = [deque() for _ in range(n)]
         self._ready: dict[Rank, bytes] = {}
+        self._told_ready = {rank}
         self._holdings: dict[Rank, tuple[int, ...]] = {}
         self._early: deque[tuple[Rank, ReductionMessage | Chunk]] = deque(maxlen=4 * count + 16 * n)
         """Of a view we have not heard of yet."""
@@ -159,6 +161,12 @@ class AllReduce:
     @property
     def live(self) -> tuple[Rank, ...]:
         return self._live
+
+    @property
+    def _heard(self) -> list[Rank]:
+        """Who of the live can talk with us, and we ourselves: two that nobody can dial do not hear each other."""
+        members = self.group.members
+        return [r for r in self._live if r == self.rank or members[r].dialable or members[self.rank].dialable]
 
     @property
     def finished(self) -> bool:
@@ -222,7 +230,7 @@ class AllReduce:
                 self._check_rank(rank)
                 if view == self._view and sender in self._live and rank != sender:
                     self.suspect(rank, why, now, asked=True)
-                elif view < self._view and self._opened and sender in self._live:
+                elif view < self._view and self._opened and {sender, self.rank} <= set(self._live):
                     self._tell(sender, self._opened)  # the author of our view did not live to tell it
             case View():
                 self._receive_view(message, sender, now)
@@ -237,7 +245,7 @@ class AllReduce:
             case Ready(view=view, digest=their_digest):
                 if view == self._view and sender in self._live:
                     self._ready[sender] = their_digest
-                    self._commit_if_all_ready(now)
+                    self._commit_if_all_ready()
             case _:
                 assert_never(message)
 
@@ -457,18 +465,30 @@ class AllReduce:
         self.state = State.READY
         self._digest = digest("averages", self._codec.name, b"".join(self._checksum))
         self._ready[self.rank] = self._digest
-        self._tell_live(Ready(self.group.group_id, self._view, self._digest))
-        self._commit_if_all_ready(now)
+        self._commit_if_all_ready()
 
-    def _commit_if_all_ready(self, now: float) -> None:
-        if self.state is not State.READY or any(rank not in self._ready for rank in self._live):
+    def _commit_if_all_ready(self) -> None:
+        if self.state is not State.READY:
             return
-        differing = [rank for rank in self._live if self._ready[rank] != self._digest]
+        self._vouch()
+        if any(rank not in self._ready for rank in self._heard):
+            return
+        differing = [rank for rank in self._heard if self._ready[rank] != self._digest]
         if differing:
             names = ", ".join(self._name(rank) for rank in differing)
             self._become_failed(f"agreement failed: {names} hold other averages than we do")
         else:
             self._become_committed()
+
+    def _vouch(self) -> None:
+        """Say Ready to whom it can be said: two that nobody can dial do not hear each other, so to one of them our
+        Ready also stands for the others of its kind, and waits for theirs."""
+        mute = {rank for rank in self._live if not self.group.members[rank].dialable and rank != self.rank}
+        silent = {rank for rank in mute if self._ready.get(rank) != self._digest}
+        for rank in self._heard:
+            if rank not in self._told_ready and not (rank in mute and silent - {rank}):
+                self._told_ready.add(rank)
+                self._tell(rank, Ready(self.group.group_id, self._view, self._digest))
 
     def _become_committed(self) -> None:
         assert self.state is State.READY
@@ -492,7 +512,7 @@ class AllReduce:
 
     def _out_of_time(self, now: float) -> None:
         if self.state is State.READY:
-            unconfirmed = [rank for rank in self._live if rank not in self._ready]
+            unconfirmed = [rank for rank in self._heard if rank not in self._ready]
             self.why = f"unconfirmed: {', '.join(self._name(rank) for rank in unconfirmed)}"
             self._become_committed()
             return
@@ -517,7 +537,7 @@ class AllReduce:
         for rank in self._live:
             if rank == self.rank:
                 continue
-            if self._opened and self.state is State.AGREEING and rank not in self._holdings:
+            if self._opened and self.state is State.AGREEING and self._owes(rank):
                 self._tell(rank, self._opened)  # its author may have died before it told everybody
             if why := self._stopped(rank, now):
                 self._accuse(rank, why)
@@ -547,9 +567,9 @@ class AllReduce:
             case State.EXCHANGING:
                 return self._owes_contribution(rank) or self._owes_average(rank)
             case State.AGREEING:
-                return rank not in self._holdings
+                return rank in self._heard and rank not in self._holdings
             case State.READY:
-                return rank not in self._ready
+                return rank in self._heard and rank not in self._ready
             case State.COMMITTED | State.FAILED:
                 return False
 
@@ -573,7 +593,7 @@ class AllReduce:
     def _seek_view(self, now: float) -> None:
         """Open a view without those we suspect, or ask the one who speaks for the rest to open it."""
         out = [rank for rank in self._live if rank in self._suspected]
-        if not out or self.state is State.FAILED:
+        if not out or self.rank not in self._live or self.state is State.FAILED:
             return
         if (speaker := self._speaker()) != self.rank:
             if speaker != self._asked:
@@ -582,7 +602,7 @@ class AllReduce:
             for rank in out:
                 self._tell(speaker, Suspect(self.group.group_id, self._view, rank, self._suspected[rank]))
             return
-        live = tuple(rank for rank in self._live if rank not in self._suspected)
+        live = tuple(rank for rank in self._heard if rank not in self._suspected)
         reasons = "; ".join(f"{self._name(rank)} {self._suspected[rank]}" for rank in out)
         n = len(self.group.members)
         # No two authors use the same number, so that Holdings and Ready tell which of two crossing views they mean.
@@ -592,13 +612,23 @@ class AllReduce:
         self._enter_view(view, now)
 
     def _speaker(self) -> Rank:
-        """Who opens views: the lowest of those who go on."""
-        return next(rank for rank in self._live if rank not in self._suspected)
+        """Who opens views among those who go on: the lowest whom all of them hear."""
+        return self._lowest_dialable(rank for rank in self._heard if rank not in self._suspected)
+
+    def _lowest_dialable(self, ranks: Iterable[Rank]) -> Rank:
+        """The lowest of all where there is none."""
+        return min(ranks, key=lambda rank: (not self.group.members[rank].dialable, rank))
 
     def _receive_view(self, view: View, sender: Rank, now: float) -> None:
         """Of its author, or passed on by another member of it."""
         n, live = len(self.group.members), set(view.live)
-        if not live <= set(range(n)) or len(live) < len(view.live) or sender not in live or view.author != min(live):
+        if (
+            not live <= set(range(n))
+            or len(live) < len(view.live)
+            or sender not in live
+            or view.author != self._lowest_dialable(live)
+            or (len(live) > 1 and not self.group.members[view.author].dialable)
+        ):
             raise RemoteProtocolError(f"{self._name(sender)} opened an impossible view")
         if view.number % n != view.author or not 1 <= view.number // n <= n - len(live):
             raise RemoteProtocolError(f"{self._name(sender)} opened view {view.number} for {len(live)} of {n}")
@@ -625,6 +655,7 @@ class AllReduce:
             return
         self.state = State.AGREEING
         self._ready.clear()
+        self._told_ready = {self.rank}
         self._holdings.clear()
         for queue in (*self._publish, *self._contribute):
             queue.clear()
@@ -636,36 +667,37 @@ class AllReduce:
         self._assign_if_agreed(now)
 
     def _assign_if_agreed(self, now: float) -> None:
-        """Every live member's holdings are known: all compute the same owners from them."""
-        if self.state is not State.AGREEING or any(rank not in self._holdings for rank in self._live):
+        """Every live member's holdings are known: all compute the same owners from them.
+
+        Those that nobody can dial are served, but serve nobody, for they do not reach each other. Nothing is lost by
+        it: had anyone committed, all live members would hold everything.
+        """
+        if self.state is not State.AGREEING or any(rank not in self._holdings for rank in self._heard):
             return
         if self._jobs:  # a job of the old view may still write into the result
             return
         mine = self._holdings[self.rank]
         assert mine == tuple(self._made_in)
-        able = self._able[self._view]
-        if len(self._live) == 1 and self._missing:
+        if self._live == (self.rank,) and self._missing:
             self._become_failed("everybody else is gone")
             return
-        if not able:
-            self._become_failed("nobody left can be dialled")
-            return
+        able = self._able[self._view] or [self.rank]
         again: list[int] = []
         self._encoded.clear()
         for index in range(len(self._pieces)):
-            best = max(self._holdings[rank][index] for rank in self._live)
+            best = max(self._holdings[rank][index] for rank in able)
+            if mine[index] not in (best, NOT_HELD):
+                self._made_in[index] = NOT_HELD
+                self._missing += 1
             if best == NOT_HELD:
                 self._owner[index] = self._owner_among(able, index)
                 again.append(index)
                 continue
-            holders = [rank for rank in self._live if self._holdings[rank][index] == best]
+            holders = [rank for rank in able if self._holdings[rank][index] == best]
             self._owner[index] = server = holders[index % len(holders)]
-            if mine[index] != best and self._made_in[index] != NOT_HELD:
-                self._made_in[index] = NOT_HELD
-                self._missing += 1
             if server == self.rank:
                 for rank in self._live:
-                    if rank not in holders:
+                    if self._holdings[rank][index] != best:
                         self._publish[rank].append(index)
         if again and not any(rank in self._live for rank in self._contributors):
             self._become_failed("nobody left has any weight")
@@ -713,7 +745,7 @@ class AllReduce:
             raise RemoteProtocolError(f"rank {rank} in a group of {len(self.group.members)}")
 
     def _tell_live(self, message: ReductionMessage) -> None:
-        for rank in self._live:
+        for rank in self._heard:
             if rank != self.rank:
                 self._tell(rank, message)
 
@@ -781,7 +813,7 @@ class Spoilt:
 
 
 def scaled_weights(weights: Sequence[float]) -> tuple[float, ...]:
-    """Weights as float32 multiples of a power of two not below their sum, so that no sum of values can overflow.
+    """Weights as float32 multiples of a power of two above their sum, so that no sum of values can overflow.
 
     Dividing by a power of two instead of the sum itself is exact: equal and small integer weights stay exact, and lines
     that carry the same weights split among more members still add up to the same bits.
@@ -789,8 +821,8 @@ def scaled_weights(weights: Sequence[float]) -> tuple[float, ...]:
     total = float(np.sum(np.asarray(weights, np.float64)))
     if total <= 0:
         return tuple(0.0 for _ in weights)
-    scale = 2.0 ** -np.ceil(np.log2(total))
-    return tuple(float(np.float32(weight * scale)) for weight in weights)
+    _, exponent = math.frexp(total)
+    return tuple(float(np.float32(math.ldexp(weight, -exponent))) for weight in weights)
 
 
 def reduce_chunk(

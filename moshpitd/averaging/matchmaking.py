@@ -161,6 +161,8 @@ class Matchmaking:
         self._late_until = 0.0
         self._hail_at: float | None = None
         self._hailed: set[PeerId] = set()
+        self._excused: set[PeerId] = set()
+        """Expected, but past this round, as they told us."""
         self._callers: dict[PeerId, Candidate] = {}
         """Those that said they lead, whether our owner knows them or not."""
         self._turned_away = False
@@ -215,6 +217,8 @@ class Matchmaking:
                 self._receive_hail(sender, now)
             case Leave():
                 self._part_with(sender)
+                if message.attempt == HAILED and sender in self._hailed:
+                    self._excused.add(sender)
             case Kept():
                 self._receive_kept(message, sender, now)
             case Redirect():
@@ -293,7 +297,7 @@ class Matchmaking:
         """In words, for the trainer."""
         match self.state:
             case State.LEADING:
-                missing = [short(peer) for peer in self._expected if peer not in self._applications]
+                missing = [short(peer) for peer in self._missing()]
                 here = len(self._applications)
                 names = ", ".join(missing[:4]) or "nobody"
                 return f"{here} of {here + len(missing)} of the group here, waiting for {names}"
@@ -510,7 +514,7 @@ class Matchmaking:
 
     def _kept(self, attempt: int) -> Kept:
         here = len(self._applications)
-        missing = sum(1 for peer in self._expected if peer not in self._applications)
+        missing = len(self._missing())
         patience = self._config.rejoin_s + self._config.join_patience_s
         return Kept(self.round.key, attempt, leading=True, patience_s=patience, present=here, expected=here + missing)
 
@@ -518,7 +522,8 @@ class Matchmaking:
         """When the group closes at the latest, as things stand."""
         assert self._first_arrival is not None
         latest = min(a.wait_until - self._data_time_s(a.member) for a in self._applications.values())
-        if len(self._applications) < 2 and not self._turned_away:
+        own_trainer = self.round.me in self._expected or self.round.me in self._applications
+        if len(self._applications) < 2 and own_trainer and not self._turned_away:
             return latest  # no group yet: its caller said how long it waits, and Hail finds out the dead
         if self._grace_s is None:  # nobody knows yet how far apart trainers arrive
             return self._first_arrival + max(0.0, latest - self._first_arrival) / 2
@@ -527,7 +532,7 @@ class Matchmaking:
     def _close_if_due(self, now: float) -> None:
         if self._closed or self.group or not self._applications or not self._leads():
             return
-        missing = [peer for peer in self._expected if peer not in self._applications]
+        missing = self._missing()
         if missing and now < self._closing_at():
             return
         absent = tuple(Absent(peer, "was expected but did not come in time") for peer in missing)
@@ -541,10 +546,11 @@ class Matchmaking:
         if self._hail_at is None or now < self._hail_at or self._closed or self.group or not self._leads():
             return
         self._hail_at = now + self._config.rejoin_s
+        missing = set(self._missing()) - {self.round.me}
         for candidate in self._candidates:
-            if candidate.peer in self._expected and candidate.peer not in self._applications:
+            if candidate.peer in missing:
                 self._hailed.add(candidate.peer)
-                self._say(candidate, Hail(self.round.key))
+                self._say(candidate, Hail(self.round.key, self.round.k, self.round.j))
 
     def _receive_hail(self, sender: PeerId, now: float) -> None:
         """It leads and misses us. One that just joined may be before all we know of."""
@@ -724,6 +730,9 @@ class Matchmaking:
 
     def _leads(self) -> bool:
         return self._is_candidate() and self.state is not State.WAITING and not self._before_us()
+
+    def _missing(self) -> list[PeerId]:
+        return [peer for peer in self._expected if peer not in self._applications and peer not in self._excused]
 
     def _leads_nobody(self) -> bool:
         return self.state is State.LEADING and self._applications.keys() <= {self.round.me}

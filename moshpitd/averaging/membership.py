@@ -34,6 +34,11 @@ MISSES_MAX = 2
 BEHIND_MAX = 8
 """Nor is one whose own count is so far behind."""
 PLANS_KEPT = 4
+PLANS_MET_MAX = 1024
+HOLES_TOLD_MAX = 64
+UNSEEN_S = 60.0
+"""Who stands in a plan's roster but was never seen here is believed to be there for so long: rosters come piecemeal,
+and a plan made by one who saw more is no reason for another plan."""
 LEASES_MAX = 8192
 
 
@@ -83,7 +88,13 @@ class Membership:
         self._opened_at = now
         self._known: dict[PeerId, Known] = {}
         self._suspects: dict[PeerId, tuple[Incarnation, int]] = {}
+        self._gone: set[PeerId] = set()
+        """Those whose leases ran out here."""
         self._plans: list[PlanNotice] = []
+        """By version; each begins later than the one before."""
+        self._plans_seen_at: dict[bytes, float] = {}
+        self._plans_met: set[bytes] = set()
+        """First 8 bytes of the digests of all plans that were told us, taken or not."""
         self._claims: dict[bytes, tuple[Cell, int]] = {}
         """Our own places as a joiner: by plan digest the cell and the averaging from which it holds. A plan is known
         before it begins, so there may be one under the plan in force and one under the next."""
@@ -101,6 +112,7 @@ class Membership:
             return
         if self._suspects.get(sighting.peer) not in (None, stamp):
             del self._suspects[sighting.peer]
+        self._gone.discard(sighting.peer)
         if known is None and len(self._known) >= LEASES_MAX:
             return
         self._known[sighting.peer] = Known(
@@ -116,6 +128,7 @@ class Membership:
         for peer in [peer for peer, known in self._known.items() if known.expires_at <= now]:
             del self._known[peer]
             self._suspects.pop(peer, None)
+            self._gone.add(peer)
 
     def suspect(self, peer: PeerId) -> None:
         """It did not answer: not expected and no leader until a newer record of it is seen."""
@@ -205,23 +218,36 @@ class Membership:
         due = [notice.plan for notice in self._plans if notice.plan.first_k <= k]
         return due[-1] if due else None
 
+    def plans_from(self, k: int) -> list[PlanNotice]:
+        """The plan in force for averaging k and those that follow it."""
+        in_force = self.plan_for(k)
+        return [notice for notice in self._plans if in_force is None or notice.plan.version >= in_force.version]
+
     def plan_with(self, prefix: bytes) -> Plan | None:
         return next((notice.plan for notice in self._plans if notice.plan.digest[:8] == prefix), None)
 
-    def adopt(self, notice: PlanNotice) -> bool:
-        """Take a plan from outside; False when it is not newer, or not to be taken seriously."""
+    def adopt(self, notice: PlanNotice, now: float) -> bool:
+        """Take a plan from outside; False when it changes nothing, or is not to be taken seriously.
+
+        Plans may come in any order: an older one still counts until the newer one begins.
+        """
         plan = notice.plan
-        newest = self.newest_plan()
         if plan.terms != self._terms.digest or not plan.is_well_formed():
             return False
-        if newest and plan.precedence <= newest.plan.precedence:
+        if len(self._plans_met) >= PLANS_MET_MAX:
+            self._plans_met.clear()
+        self._plans_met.add(plan.digest[:8])
+        rival = next((n for n in self._plans if n.plan.version == plan.version), None)
+        if rival and plan.precedence <= rival.plan.precedence:
             return False
         if not self._credentials.plan_is_genuine(plan.signer, plan.body, notice.public_key, notice.signature):
             return False
+        every = sorted([*(n for n in self._plans if n is not rival), notice], key=lambda n: n.plan.version)
         # Of two plans of one version, and of two that would begin at once, only the newer one is ever in force.
-        kept = [n for n in self._plans if n.plan.version < plan.version and n.plan.first_k < plan.first_k]
-        self._plans = [*kept[-PLANS_KEPT:], notice]
-        return True
+        counting = [n for i, n in enumerate(every) if all(n.plan.first_k < m.plan.first_k for m in every[i + 1 :])]
+        self._plans = counting[-PLANS_KEPT:]
+        self._plans_seen_at = {n.plan.digest: self._plans_seen_at.get(n.plan.digest, now) for n in self._plans}
+        return notice in self._plans
 
     def unknown_plan_holder(self) -> PeerId | None:
         """Somebody who announces a plan newer than ours."""
@@ -229,11 +255,22 @@ class Membership:
         newer = {peer: k.lease.plan_version for peer, k in self.others().items() if k.lease.plan_version > version}
         return min(newer, key=lambda peer: (-newer[peer], peer), default=None)
 
+    def strange_plan_holder(self) -> PeerId | None:
+        """Somebody who goes by a plan that we never heard of: of two plans of one version one must go."""
+        going = {peer: known.lease.plan for peer, known in self.others().items() if known.lease.plan}
+        return min((peer for peer, plan in going.items() if plan not in self._plans_met), default=None)
+
+    def is_outranked(self, plan: Plan) -> bool:
+        """Whether we go by another plan instead of this one."""
+        return plan.terms == self._terms.digest and any(
+            notice.plan.version == plan.version and notice.plan.precedence > plan.precedence for notice in self._plans
+        )
+
     def next_decider(self) -> PeerId:
         version = self._plans[-1].plan.version if self._plans else 0
         return decider(version + 1, [self._me, *self.others()])
 
-    def make_plan_if_due(self, k: int) -> PlanNotice | None:
+    def make_plan_if_due(self, k: int, now: float) -> PlanNotice | None:
         """A new plan when one is needed and it is ours to make. `k`: the averaging we are in or take part in next."""
         newest = self.newest_plan()
         if self.next_decider() != self._me or self.unknown_plan_holder() is not None:
@@ -245,7 +282,7 @@ class Membership:
             if len(roster) < max(2, self.sessions_needed()):
                 return None
         else:
-            held = [cell for cell in self._cells_held(newest.plan).values()]
+            held = [*self._cells_held(newest.plan).values(), *self._cells_unseen(newest.plan, now)]
             if newest.plan.first_k > k or not new_plan_due(newest.plan, held, self._limit, pinned=bool(pin)):
                 return None
         sides = parse_sides(pin) if pin else choose_sides(len(roster), self._limit)
@@ -265,9 +302,23 @@ class Membership:
         )
         public_key, signature = self._credentials.sign_plan(plan.body)
         notice = PlanNotice(plan, public_key, signature)
-        adopted = self.adopt(notice)
+        adopted = self.adopt(notice, now)
         assert adopted
         return notice
+
+    def holes(self, k: int, now: float) -> tuple[PeerId, tuple[PeerId, ...]] | None:
+        """When a new plan is due for those we could not reach, and another's to make: the decider, and who is missing.
+
+        Only those on a dead peer's lines notice at once; everybody else believes its lease until it runs out.
+        """
+        newest, decides = self.newest_plan(), self.next_decider()
+        if newest is None or decides == self._me or newest.plan.first_k > k:
+            return None
+        missing = sorted(peer for peer in newest.plan.roster if peer in self._suspects)
+        held = [*self._cells_held(newest.plan).values(), *self._cells_unseen(newest.plan, now)]
+        if not missing or not new_plan_due(newest.plan, held, self._limit, pinned=bool(self._pin_in_force())):
+            return None
+        return decides, tuple(missing[:HOLES_TOLD_MAX])
 
     def sessions_needed(self) -> int:
         """How many sessions must be there before there can be a first plan."""
@@ -339,6 +390,16 @@ class Membership:
             held[self._me] = self._claims[plan.digest][0]
         return held
 
+    def _cells_unseen(self, plan: Plan, now: float) -> list[Cell]:
+        """Of those in the plan's roster who have not shown up here yet, for a while."""
+        if now >= self._plans_seen_at[plan.digest] + UNSEEN_S:
+            return []
+        return [
+            cell
+            for peer, cell in plan.cells.items()
+            if peer != self._me and peer not in self._known and peer not in self._gone
+        ]
+
     # ---- lines
 
     def line(self, plan: Plan, axis: int, cell: Cell) -> dict[PeerId, Known]:
@@ -371,8 +432,8 @@ class Membership:
 
 
 def _keeps_up(lease: Lease, k: int) -> bool:
-    """It took part in one of the last two averagings, as far as its lease tells."""
-    return lease.last_k + 2 >= lease.k >= k - BEHIND_MAX
+    """It took part in one of the last two averagings and is not past this one, as far as its lease tells."""
+    return lease.last_k + 2 >= lease.k and k - BEHIND_MAX <= lease.k <= k
 
 
 def _fits(cell: Cell, sides: tuple[int, ...]) -> bool:

@@ -235,9 +235,12 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Hail:
-    """I lead and miss you. Needs no answer: if it cannot be delivered, your daemon is dead and nobody waits for you."""
+    """I lead and miss you. If it cannot be delivered, your daemon is dead and nobody waits for you. Who is past the
+    round answers Leave; who is in a closed group of it, Closed; who is still to come, nothing."""
 
     key: Key
+    k: int
+    j: int
 
 
 # ---- the all-reduce of a group
@@ -264,10 +267,11 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """From here on only these count. The higher number wins; of equal numbers the lower author."""
+    """From here on only these count; the higher number wins. Told by its author, or passed on."""
 
     group_id: GroupId
     number: int
+    """Modulo the size of the group it is the author's rank: no two authors use the same number."""
     author: Rank
     live: tuple[Rank, ...]
     why: str
@@ -296,7 +300,10 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class PlanWanted:
-    """Which plan do you go by?"""
+    """Which plan do you go by? To the next decider also: the plan I know has holes."""
+
+    missing: tuple[PeerId, ...] = ()
+    """Of the plan's roster, those I could not reach. The decider finds out for itself."""
 
 
 @dataclass(frozen=True, slots=True)

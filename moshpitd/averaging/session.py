@@ -35,9 +35,9 @@ from moshpitd.averaging.errors import (
     Unavailable,
 )
 from moshpitd.averaging.grid import Cell, Plan, Terms, carried_weight, grid_key, session_key
-from moshpitd.averaging.matchmaking import Candidate, Matchmaking, MatchmakingConfig, Round, grace_from
+from moshpitd.averaging.matchmaking import HAILED, Candidate, Matchmaking, MatchmakingConfig, Round, grace_from
 from moshpitd.averaging.matchmaking import State as MatchmakingState
-from moshpitd.averaging.membership import Credentials, Membership
+from moshpitd.averaging.membership import HOLES_TOLD_MAX, Credentials, Membership
 from moshpitd.averaging.messages import (
     Address,
     Begin,
@@ -269,6 +269,8 @@ class Session:
         self._offsets: deque[float] = deque(maxlen=128)
         self._deferred: deque[tuple[PeerId, Join]] = deque(maxlen=MATCHMAKINGS_MAX)
         self._terms_asked_at = -math.inf
+        self._holes_told_at = -1
+        """The averaging in which we told the next decider whom the plan has lost."""
         self._effects: list[Effect] = []
         self._presence_key: Key | None = None
         self._announce_lease(now)
@@ -337,14 +339,18 @@ class Session:
                 self._receive_join(message, sender, now)
             case Begin(group=group):
                 self._pass_on(group.key, message, sender, now)
-            case Hail() | Leave() | Kept() | Redirect() | TooShort() | Closed() | Begun() | Bound():
+            case Hail():
+                self._receive_hail(message, sender, now)
+            case Leave() | Kept() | Redirect() | TooShort() | Closed() | Begun() | Bound():
                 self._pass_on(message.key, message, sender, now)
             case Ready() | Suspect() | View() | Holdings() | Heartbeat():
                 self._receive_in_group(message, sender, now)
-            case PlanWanted():
+            case PlanWanted(missing=missing):
+                for peer in missing[:HOLES_TOLD_MAX]:  # if it is gone, this finds out; if not, it is answered by a plan
+                    self._tell(peer, self._members.address_of(peer), PlanWanted())
                 self._answer_plan_wanted(sender, now)
             case PlanNotice():
-                self._adopt(message, now)
+                self._adopt(message, sender, now)
             case TermsWanted():
                 self._tell(sender, "", self._terms_notice())
             case TermsNotice():
@@ -515,6 +521,8 @@ class Session:
         if lonely and now >= current.started_at + min(self.options.lonely_wait_s, current.call.timeout_s * 0.9):
             self._finish_alone("nobody else is in this averaging", now)
             return
+        if live > 1:  # we may have started before we knew what the swarm counts
+            current.k = self._choose_k_again(current)
         plan = self._plan_in_force()
         if live < max(2, self.options.min_peers) or plan is None:
             self._make_plan_if_due(now)
@@ -522,7 +530,6 @@ class Session:
         if live < max(2, self.options.min_peers) or plan is None:
             self._look_up_if_due(now)
             return
-        current.k = self._choose_k_again(current)
         newcomer = self._last_k < 0 and self.options.joining == "receive"
         current.joined = newcomer and self._members.has_history(current.k)
         current.weight = 0.0 if current.joined else current.call.weight
@@ -531,7 +538,12 @@ class Session:
     def _choose_k_again(self, current: Averaging) -> int:
         if current.call.epoch is not None:
             return current.call.epoch
-        return max(current.k, self._next_k, self._members.current_k())
+        plan, swarm_k = self._plan_in_force(), self._members.current_k()
+        if self._last_k < 0 and plan is not None and self._here.peer in plan.roster and swarm_k <= plan.first_k + 1:
+            # Made for us among others, who expect us there; faster lines may be through already. Whether ours is over
+            # its leader says.
+            return max(self._next_k, plan.first_k)
+        return max(current.k, self._next_k, swarm_k)
 
     def _look_up_if_due(self, now: float) -> None:
         current = self._current
@@ -594,8 +606,9 @@ class Session:
         if against and self._current and self.state is State.GATHERING and now >= self._terms_asked_at + 1.0:
             self._terms_asked_at = now
             self._tell(against, self._members.everyone()[against].lease.address, TermsWanted())
-        if (holder := self._members.unknown_plan_holder()) is not None:
-            self._tell(holder, self._members.address_of(holder), PlanWanted())
+        for holder in (self._members.unknown_plan_holder(), self._members.strange_plan_holder()):
+            if holder is not None:
+                self._tell(holder, self._members.address_of(holder), PlanWanted())
         self._make_plan_if_due(now)
         for matchmaking in self._matchmakings.values():
             self._refresh(matchmaking, now)
@@ -624,7 +637,7 @@ class Session:
 
     def _make_plan_if_due(self, now: float) -> None:
         k = self._current.k if self._current else self._next_k
-        if notice := self._members.make_plan_if_due(k):
+        if notice := self._members.make_plan_if_due(k, now):
             plan = notice.plan
             self._log(
                 f"plan {plan.version}: {plan.grid} for {len(plan.roster)} sessions from averaging {plan.first_k} on"
@@ -632,19 +645,30 @@ class Session:
             for peer in self._members.others():
                 self._tell(peer, self._members.address_of(peer), notice)
             self._plan_changed(plan, now)
+        elif k > self._holes_told_at and (holes := self._members.holes(k, now)):
+            self._holes_told_at = k
+            decider, missing = holes
+            self._tell(decider, self._members.address_of(decider), PlanWanted(missing))
 
     def _answer_plan_wanted(self, sender: PeerId, now: float) -> None:
         self._make_plan_if_due(now)
-        if notice := self._members.newest_plan():
-            self._tell(sender, self._members.address_of(sender), notice)
+        if self._members.newest_plan():
+            self._tell_plans(sender, self._members.address_of(sender), self._next_k)
         else:
             self._effects.append(LookUp(self.key))  # somebody sees enough peers for a plan: look again
 
-    def _adopt(self, notice: PlanNotice, now: float) -> None:
-        if self._members.adopt(notice):
+    def _tell_plans(self, peer: PeerId, address: str, k: int) -> None:
+        """The plan that counts and the one to come: who knows only the latter has none for now."""
+        for notice in self._members.plans_from(k):
+            self._tell(peer, address, notice)
+
+    def _adopt(self, notice: PlanNotice, sender: PeerId, now: float) -> None:
+        if self._members.adopt(notice, now):
             plan = notice.plan
             self._log(f"plan {plan.version} of {short(plan.signer)}: {plan.grid} from averaging {plan.first_k} on")
             self._plan_changed(plan, now)
+        elif self._members.is_outranked(notice.plan):
+            self._tell_plans(sender, self._members.address_of(sender), notice.plan.first_k)
 
     def _plan_changed(self, plan: Plan, now: float) -> None:
         """Our lease names the new plan. An averaging that has not contributed yet starts again under it."""
@@ -672,7 +696,9 @@ class Session:
         current = self._current
         assert current is not None
         if current.j == 0:
-            self._next_k = current.k
+            if current.k != self._next_k:
+                self._next_k = current.k
+                self._announce_lease(now)
             current.plan = self._members.plan_for(current.k)
             assert current.plan is not None
             current.cell = self._members.cell(current.plan, current.k)
@@ -735,10 +761,23 @@ class Session:
         if self._here.dialable:
             candidates.append(Candidate(self._here.peer, self._here.address))
         expected = self._members.expected(plan, line, round_.k)
-        regular = self._last_k >= 0 and round_.k <= self._last_k + 2
-        if regular or self._current is not None or not self._members.has_history(round_.k):
+        if self._may_come_to(round_):
             expected = (*expected, self._here.peer)
         matchmaking.update(candidates, expected, self._grace_s(), now)
+
+    def _is_past(self, k: int, j: int) -> bool:
+        """Whether our trainer will not come to this round any more."""
+        current = self._current
+        return (k, j) < ((current.k, current.j) if current else (self._next_k, 0))
+
+    def _may_come_to(self, round_: Round) -> bool:
+        """Whether those who wait here should wait for our own trainer."""
+        if self._is_past(round_.k, round_.j):
+            return False
+        if self._current is not None:
+            return True
+        regular = self._last_k >= 0 or not self._members.has_history(round_.k)
+        return regular and round_.k <= max(self._last_k, 0) + 2
 
     def _grace_s(self) -> float | None:
         if len(self._offsets) < 4:
@@ -748,9 +787,11 @@ class Session:
     def _receive_join(self, join: Join, sender: PeerId, now: float) -> None:
         plan = self._members.plan_with(join.plan)
         in_force = self._members.plan_for(join.k)
-        newest = self._members.newest_plan()
-        if newest and in_force and in_force.version > join.plan_version:
-            self._tell(sender, join.applicant.address if sender == join.applicant.peer else "", newest)
+        ours = in_force.version if in_force else 0
+        if ours > join.plan_version or (ours == join.plan_version and plan is None):
+            # Of two plans of one version it may be ours that loses: then we learn theirs below.
+            self._tell_plans(sender, join.applicant.address if sender == join.applicant.peer else "", join.k)
+        if ours > join.plan_version:
             return
         if plan is None:
             self._deferred.append((sender, join))
@@ -783,6 +824,13 @@ class Session:
             matchmaking.receive(message, sender, now)
         elif isinstance(message, Begin):
             self._tell(sender, "", Bound(key, message.group.group_id, "does not take part in this round"))
+
+    def _receive_hail(self, hail: Hail, sender: PeerId, now: float) -> None:
+        matchmaking = self._matchmakings.get(hail.key)
+        if self._is_past(hail.k, hail.j) and (matchmaking is None or matchmaking.group is None):
+            self._tell(sender, self._members.address_of(sender), Leave(hail.key, HAILED))
+        elif matchmaking is not None:
+            matchmaking.receive(hail, sender, now)
 
     def _look_at_matchmaking(self, now: float) -> None:
         current = self._current
@@ -1001,6 +1049,8 @@ class Session:
         why = f": {receipt.why}" if receipt.why else ""
         self._log(f"averaging {receipt.epoch} {receipt.outcome.value} in {receipt.seconds_total:.3f} s{why}")
         self._effects.append(Finished(receipt))
+        for matchmaking in self._matchmakings.values():
+            self._refresh(matchmaking, now)  # those that wait for us in a round we are past
         self._announce_lease(now)
         self._make_plan_if_due(now)
         self._announce_next_presence()

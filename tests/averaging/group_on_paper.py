@@ -1,8 +1,9 @@
 """A group of all-reduce machines and the network between them, on paper: no socket, no thread, no real clock.
 
 Knows a heap of things to come. Every pair of members has two lanes in each direction, one for messages and one for
-chunks; each keeps its order, and neither waits for the other. Chunks are pulled, one on the way at a time. Jobs run here
-and end a little later. Delays, and how much of a dead member's last words still arrives, come from a seed.
+chunks; each keeps its order, and neither waits for the other. Two that nobody can dial have none. Chunks are pulled, one
+on the way at a time. Jobs run here and end a little later. Delays, and how much of a dead member's last words still
+arrives, come from a seed.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ class GroupOnPaper:
         return flat(self._results[rank])
 
     def check_promises(self, tolerance: float = 1e-6) -> None:
-        """What holds whatever happened: same id, same bits; receipts tell the truth; inputs untouched; nobody blamed."""
+        """What holds whatever happened: same id, same bits; receipts tell the truth; nothing given is touched."""
         assert self.blames == []
         by_id: dict[bytes, Rank] = {}
         for rank in self.committed:
@@ -289,6 +290,8 @@ class GroupOnPaper:
 
     def _send(self, sender: Rank, receiver: Rank, message: Message) -> None:
         is_chunk = isinstance(message, Chunk)
+        members = self.group.members
+        assert members[sender].dialable or members[receiver].dialable, "two that nobody can dial cannot talk"
         arrives = self.fate(sender, receiver, message)
         lane = (sender, receiver, is_chunk)
         travel = self.chunk_seconds.get(sender, self.delay()) if is_chunk else self.delay()

@@ -36,7 +36,7 @@ from moshpitd.averaging.messages import Address, Group, Record, Sighting
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, digest
 from moshpitd.averaging.receipt import Receipt
 from moshpitd.averaging.session import Call, Session, SessionConfig, SessionOptions, Whereabouts
-from moshpitd.averaging.vector import Layout, Vector
+from moshpitd.averaging.vector import Vector
 
 SWARM = b"a swarm on paper"
 SPIN_MAX = 20_000
@@ -142,6 +142,8 @@ class Swarm:
         self.protocol_errors: list[str] = []
         self.unreachable: set[tuple[PeerId, PeerId]] = set()
         """(from, to) that cannot be dialled."""
+        self.unseen: set[tuple[PeerId, PeerId]] = set()
+        """(reader, owner): whose records a reader does not find in the directory."""
         self.sent: list[tuple[float, Peer, Send]] = []
         self.trace: Callable[[str], None] | None = None
         self._seed = seed
@@ -192,9 +194,20 @@ class Swarm:
         """All call within `apart_s`; how it ended for each that lives to see it."""
         before = {peer: len(peer.endings) for peer in calls}
         for peer, (vector, call) in calls.items():
-            self.at(self.now + self.rng.uniform(0, apart_s), lambda p=peer, v=vector, c=call: self._start_alive(p, v, c))
+            self.at(
+                self.now + self.rng.uniform(0, apart_s), lambda p=peer, v=vector, c=call: self._start_alive(p, v, c)
+            )
         self.run_until(lambda: all(len(p.endings) > n or not p.alive for p, n in before.items()), limit_s)
         return {peer: peer.endings[n] for peer, n in before.items() if len(peer.endings) > n}
+
+    def train(self, peer: Peer, draw: Callable[[], tuple[Vector, Call]], *, pause: Span) -> None:
+        """Its trainer calls again and again, computing for a while between: until it dies or `peer.on_end` is cleared."""
+
+        def again(_: Ending | None = None) -> None:
+            self.at(self._after(pause), lambda: peer.on_end and self._start_alive(peer, *draw()))
+
+        peer.on_end = again
+        again()
 
     def at(self, moment: float, do: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (max(moment, self.now), next(self._count), do))
@@ -236,6 +249,10 @@ class Swarm:
         """Their conversation breaks; both may dial again."""
         if channel := self._channels.get(frozenset((one.id, other.id))):
             self._break(channel, "connection lost")
+
+    def roster(self, key: Key) -> list[Sighting]:
+        """What the directory answers under a key."""
+        return [s for entries in self._directory.get(key, {}).values() if (s := self._newest_seen(entries))]
 
     def living(self) -> list[Peer]:
         return [peer for peer in self.peers.values() if peer.alive]
@@ -333,6 +350,7 @@ class Swarm:
     # ---- channels
 
     def _send(self, peer: Peer, send: Send) -> None:
+        assert send.peer != peer.id, f"{peer} speaks to itself: {send.message}"
         ends = frozenset((peer.id, send.peer))
         channel = self._channels.get(ends)
         other = self.peers.get(send.peer)
@@ -451,7 +469,7 @@ class Swarm:
         self._announce_waiting(peer, effect.slot)
 
     def _bring_roster(self, peer: Peer, key: Key) -> None:
-        sightings = [s for entries in self._directory.get(key, {}).values() if (s := self._newest_seen(entries))]
+        sightings = [s for s in self.roster(key) if (peer.id, s.peer) not in self.unseen]
         self._feed(peer, lambda: peer.machine.roster_received(key, sightings, self.now))
 
     def _newest_seen(self, entries: Iterable[Entry]) -> Sighting | None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,15 @@ def environment(**more: str) -> dict[str, str]:
     """Ours, without what configures a daemon."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MOSHPITD_")}
     return {**kept, "COLUMNS": "200", "PYTHONUNBUFFERED": "1", **more}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that nobody announces."""
+    deadline = time.monotonic() + DEADLINE_S
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        pause.wait(0.05)
 
 
 class Process:

@@ -1,7 +1,7 @@
 """Values travel as they are, or cast to a narrower float.
 
 `float32` is the lossless codec: it narrows nothing (float64 travels as float64, float16 as float16). `float16` and
-`bfloat16` cast what is wider; what is as narrow already travels unchanged. Values beyond float16's range saturate
+`bfloat16` cast what is wider; what is as narrow already travels unchanged. Values beyond the narrower range saturate
 instead of becoming infinite, so that one large value does not end a round.
 """
 
@@ -14,7 +14,8 @@ import numpy as np
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.vector import DTYPES, Floats
 
-_FLOAT16_MAX = 65504.0
+
+_LARGEST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,8 @@ class Cast:
         wire = self._wire(values.dtype)
         if wire == values.dtype:
             return values.view(np.uint8).data
-        if self.name == "float16":
-            values = np.clip(values, -_FLOAT16_MAX, _FLOAT16_MAX)
+        largest = _LARGEST[self.name]
+        values = np.clip(values, -largest, largest)
         return values.astype(wire).view(np.uint8).data
 
     def decode(self, payload: bytes | memoryview, dtype: np.dtype, elements: int) -> Floats:

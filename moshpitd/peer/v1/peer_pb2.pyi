@@ -815,16 +815,24 @@ class Hail(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    J_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     """The round's grid key."""
+    k: _builtins.int
+    """The round's averaging."""
+    j: _builtins.int
+    """The round's number in it."""
     def __init__(
         self,
         *,
         key: _builtins.bytes = ...,
+        k: _builtins.int = ...,
+        j: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["j", b"j", "k", b"k", "key", b"key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -964,9 +972,9 @@ class View(_message.Message):
     group_id: _builtins.bytes
     """Of the group."""
     number: _builtins.int
-    """The higher number wins; of equal numbers the lower author."""
+    """The higher number wins. Modulo the size of the group it is the author's rank, so no two authors use the same number."""
     author: _builtins.int
-    """Rank of the one that opened it, which is the sender."""
+    """Rank of the one that opened it: the sender, or one that the sender heard it from."""
     why: _builtins.str
     """Why the others do not, in words."""
     @_builtins.property
@@ -1050,16 +1058,23 @@ Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 
 @_typing.final
 class PlanWanted(_message.Message):
-    """Which plan do you go by?"""
+    """Which plan do you go by? To the next decider also: the plan the sender knows has holes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    MISSING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the plan's roster, those the sender could not reach. The decider finds out for itself."""
+
     def __init__(
         self,
+        *,
+        missing: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1462,7 +1477,7 @@ class Lease(_message.Message):
     plan_version: _builtins.int
     """Version of the newest plan it knows; 0 for none."""
     plan: _builtins.bytes
-    """First 8 bytes of that plan's digest."""
+    """First 8 bytes of the digest of the plan in force for k: a newer one may be known before it begins."""
     claim_k: _builtins.int
     """The averaging from which the claim holds."""
     pin: _builtins.str
@@ -1477,7 +1492,7 @@ class Lease(_message.Message):
     """How long the session has been open."""
     @_builtins.property
     def claim(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """A joiner's cell under that plan."""
+        """A joiner's cell under the plan in force."""
 
     def __init__(
         self,

@@ -1,0 +1,526 @@
+"""The door to other daemons: who gets in, in whose name, and what nonsense costs whom."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from moshpitd.averaging.all_reduce import Outgoing
+from moshpitd.averaging.errors import RemoteProtocolError
+from moshpitd.averaging.messages import Address, Chunk, Farewell, Group, Heartbeat, Member, Message, PlanWanted
+from moshpitd.averaging.names import GroupId, Key, PeerId, Rank
+from moshpitd.identity import Identity
+from moshpitd.peer import wire
+from moshpitd.peer.channels import PeerConfig
+from moshpitd.peer.conversation import Introduction
+from moshpitd.peer.door import PeerDoor
+from moshpitd.peer.v1 import peer_pb2, peer_pb2_grpc
+
+DEADLINE_S = 20.0
+SWARM = b"w" * 32
+SESSION = Key(b"s" * 20)
+GROUP_ID = GroupId(b"g" * 16)
+CONFIG = PeerConfig(dial_timeout_s=1.0, stranger_patience_s=1.0)
+
+
+@dataclass
+class Told:
+    """An inbox that keeps what it is told, and refuses what it was told to refuse."""
+
+    messages: list[tuple[PeerId, Message]] = field(default_factory=list)
+    lost: list[tuple[PeerId, str]] = field(default_factory=list)
+    chunks: list[tuple[Rank, int, bytes]] = field(default_factory=list)
+    streams_lost: list[tuple[Rank, str]] = field(default_factory=list)
+    dialable: list[bool] = field(default_factory=list)
+    outgoing: dict[Rank, list[Outgoing]] = field(default_factory=dict)
+    refuses: type[Message] | None = None
+    news: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def message_received(self, session: Key, sender: PeerId, message: Message) -> None:
+        assert session == SESSION
+        if self.refuses is not None and isinstance(message, self.refuses):
+            raise RemoteProtocolError("nonsense")
+        self.messages.append((sender, message))
+
+    def peer_lost(self, peer: PeerId, why: str) -> None:
+        self.lost.append((peer, why))
+
+    def chunk_received(self, session: Key, group_id: GroupId, sender: Rank, chunk: Chunk) -> None:
+        assert (session, group_id) == (SESSION, GROUP_ID)
+        self.chunks.append((sender, chunk.index, bytes(chunk.payload)))
+
+    def next_outgoing(self, session: Key, group_id: GroupId, rank: Rank) -> Outgoing | None:
+        return self.outgoing[rank].pop(0) if self.outgoing.get(rank) else None
+
+    def stream_lost(self, session: Key, group_id: GroupId, rank: Rank, why: str) -> None:
+        self.streams_lost.append((rank, why))
+
+    def dialable_found(self, *, dialable: bool) -> None:
+        self.dialable.append(dialable)
+
+
+@dataclass
+class House:
+    """A daemon as far as this door goes."""
+
+    identity: Identity
+    door: PeerDoor
+    told: Told
+
+    @property
+    def id(self) -> PeerId:
+        return self.identity.peer_id
+
+    @property
+    def address(self) -> Address:
+        return Address(f"127.0.0.1:{self.door.port}")
+
+    def say(self, to: House, message: Message, at: str | None = None) -> None:
+        self.door.send(SESSION, to.id, to.address if at is None else at, message)
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[Callable[..., object]]:
+    doors: list[PeerDoor] = []
+
+    async def open_(swarm: bytes = SWARM, config: PeerConfig = CONFIG) -> House:
+        identity = Identity.open(tmp_path / str(len(doors)))
+        door = await PeerDoor.open("127.0.0.1", 0, identity=identity, swarm_id=swarm, config=config)
+        doors.append(door)
+        told = Told()
+        await door.serve(told)
+        return House(identity, door, told)
+
+    yield open_
+    for door in doors:
+        await door.close(0.2)
+
+
+Houses = Callable[..., "asyncio.Future[House]"]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_a_message_arrives_with_the_sender_that_its_channel_proved(house: Houses) -> None:
+    ours, theirs = await house(), await house()
+    ours.say(theirs, PlanWanted())
+    await until(lambda: theirs.told.messages)
+    theirs.say(ours, Farewell(), at="")  # back over the open conversation: no address is needed
+    await until(lambda: ours.told.messages)
+    assert theirs.told.messages == [(ours.id, PlanWanted())]
+    assert ours.told.messages == [(theirs.id, Farewell())]
+    assert ours.door.heard_from().keys() == {theirs.id}
+
+
+async def test_messages_arrive_in_order_though_the_first_had_to_dial(house: Houses) -> None:
+    ours, theirs = await house(), await house()
+    said = [Heartbeat(GROUP_ID, number) for number in range(200)]
+    for message in said:
+        ours.say(theirs, message)
+    await until(lambda: len(theirs.told.messages) == len(said))
+    assert [message for _, message in theirs.told.messages] == said
+
+
+async def test_both_dial_at_once_and_nothing_is_lost(house: Houses) -> None:
+    ours, theirs = await house(), await house()
+    for number in range(20):
+        ours.say(theirs, Heartbeat(GROUP_ID, number))
+        theirs.say(ours, Heartbeat(GROUP_ID, number))
+    await until(lambda: len(theirs.told.messages) == 20 == len(ours.told.messages))
+    assert ours.told.lost == theirs.told.lost == []
+
+
+async def test_nobody_at_an_address_is_told_once(house: Houses) -> None:
+    ours, gone = await house(), await house()
+    await gone.door.close(0)
+    ours.say(gone, PlanWanted())
+    await until(lambda: ours.told.lost)
+    ((peer, why),) = ours.told.lost
+    assert peer == gone.id and gone.address in why
+
+
+async def test_another_peer_at_the_address_is_found_out_and_hears_nothing(house: Houses) -> None:
+    ours, expected, other = await house(), await house(), await house()
+    ours.say(expected, PlanWanted(), at=other.address)
+    await until(lambda: ours.told.lost)
+    assert ours.told.lost == [
+        (expected.id, f"could not be dialled at {other.address}: {other.id[:8]} answers there")
+    ]
+    assert other.told.messages == []
+
+
+async def test_daemons_of_other_swarms_do_not_talk_and_say_why(house: Houses) -> None:
+    ours, theirs = await house(), await house(swarm=b"x" * 32)
+    ours.say(theirs, PlanWanted())
+    await until(lambda: ours.told.lost)
+    assert "another swarm" in ours.told.lost[0][1]
+    assert theirs.told.messages == []
+
+
+async def test_nonsense_ends_the_conversation_of_its_sender_only(house: Houses) -> None:
+    ours, liar, other = await house(), await house(), await house()
+    ours.told.refuses = Farewell
+    liar.say(ours, PlanWanted())
+    other.say(ours, PlanWanted())
+    await until(lambda: len(ours.told.messages) == 2)
+    liar.say(ours, Farewell())
+    await until(lambda: ours.told.lost and liar.told.lost)
+    assert ours.told.lost == [(liar.id, "nonsense")]
+    other.say(ours, Heartbeat(GROUP_ID, 1))
+    await until(lambda: len(ours.told.messages) == 3)
+    assert other.told.lost == []
+
+
+async def test_one_that_leaves_is_missed_by_those_it_talked_to(house: Houses) -> None:
+    ours, leaving = await house(), await house()
+    ours.say(leaving, PlanWanted())
+    await until(lambda: leaving.told.messages)
+    leaving.say(ours, Farewell())
+    await leaving.door.close()
+    await until(lambda: ours.told.lost)
+    assert ours.told.messages == [(leaving.id, Farewell())]
+    assert leaving.told.lost == []
+
+
+async def test_who_announces_its_address_learns_whether_it_can_be_dialled(house: Houses) -> None:
+    ours, theirs, nowhere = await house(), await house(), await house()
+    ours.door.announce_as(ours.address)
+    nowhere.door.announce_as(Address("127.0.0.1:1"))
+    for each in (ours, nowhere):
+        each.say(theirs, PlanWanted())
+        await until(lambda each=each: each.told.dialable)  # type: ignore[misc]
+    assert (ours.told.dialable, nowhere.told.dialable) == ([True], [False])
+
+
+# ---- forged conversations
+
+
+Call = grpc.aio.StreamStreamCall[peer_pb2.ConverseRequest, peer_pb2.ConverseResponse]
+
+
+class Forger:
+    """Says hello by hand."""
+
+    def __init__(self, call: Call, identity: Identity) -> None:
+        self.call = call
+        self.identity = identity
+        self.introduction = Introduction(identity, SWARM)
+        self.hello = self.introduction.hello(b"n" * 32)
+
+    async def begin(self) -> peer_pb2.Hello:
+        await self.call.write(peer_pb2.ConverseRequest(hello=self.hello))
+        answer = await self.call.read()
+        assert isinstance(answer, peer_pb2.ConverseResponse), await self.call.details()
+        return answer.hello
+
+    async def prove(self, signature: bytes) -> None:
+        await self.call.write(peer_pb2.ConverseRequest(proof=peer_pb2.Proof(signature=signature)))
+
+    async def speak(self) -> None:
+        await self.call.write(peer_pb2.ConverseRequest(envelope=wire.envelope(SESSION, PlanWanted())))
+
+    async def refused(self) -> str:
+        """What the other said when it ended the call."""
+        async with asyncio.timeout(DEADLINE_S):
+            while isinstance(await self.call.read(), peer_pb2.ConverseResponse):
+                pass
+            assert await self.call.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
+            return str(await self.call.details())
+
+
+@asynccontextmanager
+async def forger(at: House, tmp_path: Path) -> AsyncIterator[Forger]:
+    async with grpc.aio.insecure_channel(at.address) as channel:
+        call = peer_pb2_grpc.PeerServiceStub(channel).Converse()
+        try:
+            yield Forger(call, Identity.open(tmp_path / "forger"))
+        finally:
+            call.cancel()
+
+
+async def test_an_honest_hello_is_welcome(house: Houses, tmp_path: Path) -> None:
+    """So what the forgers below leave out is what they are refused for."""
+    ours = await house()
+    async with forger(ours, tmp_path) as honest:
+        theirs = await honest.begin()
+        await honest.prove(honest.introduction.sign("dialler", honest.hello, theirs))
+        await honest.speak()
+        await until(lambda: ours.told.messages)
+    assert ours.told.messages == [(honest.identity.peer_id, PlanWanted())]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"swarm": b"x" * 32}, "another swarm"),
+        ({"protocol_min": 2, "protocol_max": 7}, r"protocol 2\.\.7 .* against 1 .* update the older one"),
+        ({"nonce": b""}, "without a proper key and nonce"),
+        ({"public_key": b"k" * 31}, "without a proper key and nonce"),
+    ],
+    ids=["swarm", "version", "nonce", "key"],
+)
+async def test_a_hello_that_does_not_fit_is_refused_in_words(
+    house: Houses, tmp_path: Path, change: dict[str, bytes | int], complaint: str
+) -> None:
+    ours = await house()
+    async with forger(ours, tmp_path) as liar:
+        for name, value in change.items():
+            setattr(liar.hello, name, value)
+        await liar.call.write(peer_pb2.ConverseRequest(hello=liar.hello))
+        assert __import__("re").search(complaint, await liar.refused())
+    assert ours.told == Told(news=ours.told.news)
+
+
+async def test_nobody_speaks_with_anothers_key(house: Houses, tmp_path: Path) -> None:
+    ours, victim = await house(), await house()
+    async with forger(ours, tmp_path) as liar:
+        liar.hello.public_key = victim.identity.public_key
+        theirs = await liar.begin()
+        await liar.prove(liar.introduction.sign("dialler", liar.hello, theirs))
+        await liar.speak()
+        assert "not signed by the hello's key" in await liar.refused()
+    assert ours.told.messages == [] and ours.told.lost == []
+
+
+async def test_a_proof_overheard_is_worthless_in_another_conversation(house: Houses, tmp_path: Path) -> None:
+    ours = await house()
+    async with forger(ours, tmp_path) as honest:
+        theirs = await honest.begin()
+        overheard = honest.introduction.sign("dialler", honest.hello, theirs)
+        await honest.prove(overheard)
+        await honest.speak()
+        await until(lambda: ours.told.messages)
+    async with forger(ours, tmp_path) as replayer:
+        await replayer.begin()  # the same hello, nonce included
+        await replayer.prove(overheard)
+        assert "not signed by the hello's key" in await replayer.refused()
+    assert len(ours.told.messages) == 1
+
+
+async def test_the_answerers_own_signature_does_not_prove_the_dialler(house: Houses, tmp_path: Path) -> None:
+    """A mirror: our own key, our own signature, sent back to us."""
+    ours = await house()
+    async with forger(ours, tmp_path) as mirror:
+        mirror.hello.public_key = ours.identity.public_key
+        theirs = await mirror.begin()
+        await mirror.prove(theirs.signature)
+        assert "not signed" in await mirror.refused()
+    assert ours.told.messages == []
+
+
+async def test_nothing_is_heard_before_the_proof(house: Houses, tmp_path: Path) -> None:
+    ours = await house()
+    async with forger(ours, tmp_path) as eager:
+        await eager.speak()
+        await eager.refused()
+    async with forger(ours, tmp_path) as eager:
+        await eager.begin()
+        await eager.speak()
+        await eager.refused()
+    assert ours.told.messages == []
+
+
+async def test_one_that_says_hello_and_falls_silent_is_not_kept(house: Houses, tmp_path: Path) -> None:
+    ours = await house()
+    async with forger(ours, tmp_path) as silent:
+        await silent.begin()
+        await silent.refused()
+    assert ours.door.heard_from() == {}
+
+
+async def test_a_second_hello_or_an_unknown_message_ends_a_conversation(house: Houses, tmp_path: Path) -> None:
+    ours = await house()
+    for frame in (
+        peer_pb2.ConverseRequest(hello=peer_pb2.Hello()),
+        peer_pb2.ConverseRequest(),
+        peer_pb2.ConverseRequest(envelope=peer_pb2.Envelope(session=SESSION)),
+    ):
+        async with forger(ours, tmp_path) as odd:
+            theirs = await odd.begin()
+            await odd.prove(odd.introduction.sign("dialler", odd.hello, theirs))
+            await odd.call.write(frame)
+            assert await odd.refused()
+    assert len(ours.told.lost) == 3 and ours.told.messages == []
+
+
+async def test_an_answerer_that_cannot_sign_for_its_key_is_not_believed(house: Houses, tmp_path: Path) -> None:
+    ours, victim = await house(), await house()
+
+    async def answer(
+        requests: AsyncIterator[peer_pb2.ConverseRequest], context: object
+    ) -> AsyncIterator[peer_pb2.ConverseResponse]:
+        dialler = (await anext(requests)).hello
+        imposter = Introduction(Identity.open(tmp_path / "imposter"), SWARM)
+        hello = imposter.hello(b"n" * 32)
+        hello.public_key = victim.identity.public_key
+        hello.signature = imposter.sign("dialled", dialler, hello)
+        yield peer_pb2.ConverseResponse(hello=hello)
+        await anext(requests)
+
+    class Imposter(peer_pb2_grpc.PeerServiceServicer):
+        Converse = staticmethod(answer)
+
+    server = grpc.aio.server()
+    peer_pb2_grpc.add_PeerServiceServicer_to_server(Imposter(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        ours.say(victim, PlanWanted(), at=f"127.0.0.1:{port}")
+        await until(lambda: ours.told.lost)
+        assert "not signed by its key" in ours.told.lost[0][1]
+    finally:
+        await server.stop(None)
+
+
+# ---- transfers
+
+
+def group_of(*houses: House) -> Group:
+    members = tuple(
+        Member(each.id, each.identity.incarnation, rank, 1.0, each.address, True) for rank, each in enumerate(houses)
+    )
+    n = len(members)
+    return Group(
+        GROUP_ID, b"t" * 16, Key(b"k" * 20), 0, 0, 0, members[0].peer, members, (0,) * n + (8,), 4096, 9.0, (), ()
+    )
+
+
+def chunk(index: int, payload: bytes) -> Outgoing:
+    return Outgoing(Chunk(index, 0, b"", is_average=False), lambda: payload)
+
+
+async def test_chunks_travel_both_ways_whoever_dialled(house: Houses) -> None:
+    ours, theirs = await house(), await house()
+    group = group_of(ours, theirs)
+    ours.told.outgoing[Rank(1)] = [chunk(index, bytes([index]) * 1_000_000) for index in range(5)]
+    theirs.told.outgoing[Rank(0)] = [chunk(9, b"")]
+    ours.door.open_streams(SESSION, group, Rank(0))  # ours comes first and has to wait for theirs
+    theirs.door.open_streams(SESSION, group, Rank(1))
+    await until(lambda: len(theirs.told.chunks) == 5 and ours.told.chunks)
+    assert [(rank, index) for rank, index, _ in theirs.told.chunks] == [(0, index) for index in range(5)]
+    assert all(payload == bytes([index]) * 1_000_000 for _, index, payload in theirs.told.chunks)
+    assert ours.told.chunks == [(1, 9, b"")]
+    theirs.told.outgoing[Rank(0)] = [chunk(10, b"later")]
+    theirs.door.ring(GROUP_ID, Rank(0))
+    await until(lambda: len(ours.told.chunks) == 2)
+    for each in (ours, theirs):
+        each.door.close_streams(GROUP_ID)
+    assert ours.told.streams_lost == theirs.told.streams_lost == []
+
+
+async def test_a_member_whose_daemon_dies_is_missed_by_its_rank(house: Houses) -> None:
+    ours, dying = await house(), await house()
+    group = group_of(ours, dying)
+    dying.told.outgoing[Rank(0)] = [chunk(1, b"x")]
+    for rank, each in enumerate((ours, dying)):
+        each.door.open_streams(SESSION, group, Rank(rank))
+    await until(lambda: ours.told.chunks)
+    await dying.door.close(0)
+    await until(lambda: ours.told.streams_lost or ours.told.chunks)
+
+
+@asynccontextmanager
+async def transfer(at: House, opening: bytes) -> AsyncIterator[grpc.aio.StreamStreamCall[bytes, bytes]]:
+    async with grpc.aio.insecure_channel(at.address) as channel:
+        call = channel.stream_stream("/moshpitd.peer.v1.PeerService/Transfer")()
+        try:
+            await call.write(opening)
+            yield call
+        finally:
+            call.cancel()
+
+
+def opening_of(group: Group, signer: Identity, at: House, **change: object) -> bytes:
+    honest = peer_pb2.TransferOpen(
+        group_id=group.group_id,
+        rank=1,
+        public_key=signer.public_key,
+        signature=signer.sign("transfer", SWARM, group.group_id, group.token, at.id.encode()),
+        session=SESSION,
+    )
+    for name, value in change.items():
+        setattr(honest, name, value)
+    return peer_pb2.TransferRequest(open=honest).SerializeToString()
+
+
+async def ended(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> str:
+    async with asyncio.timeout(DEADLINE_S):
+        while isinstance(await call.read(), bytes):
+            pass
+        return str(await call.details())
+
+
+async def test_an_honest_opening_by_hand_is_welcome(house: Houses) -> None:
+    ours, member = await house(), await house()
+    group = group_of(ours, member)
+    ours.told.outgoing[Rank(1)] = [chunk(3, b"abc")]
+    ours.door.open_streams(SESSION, group, Rank(0))
+    async with transfer(ours, opening_of(group, member.identity, ours)) as call:
+        read = await call.read()
+        assert isinstance(read, bytes) and bytes(wire.chunk_from(read).payload) == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("forge", "complaint"),
+    [
+        (lambda g, member, liar, at: opening_of(g, liar, at), "another member's name"),
+        (lambda g, member, liar, at: opening_of(g, liar, at, public_key=member.public_key), "not signed"),
+        (lambda g, member, liar, at: opening_of(g, member, at, signature=b""), "not signed"),
+        (
+            lambda g, member, liar, at: opening_of(dataclasses.replace(g, token=b"?" * 16), member, at),
+            "not signed",
+        ),
+        (lambda g, member, liar, at: opening_of(g, member, at, rank=0), "impossible rank"),
+        (lambda g, member, liar, at: opening_of(g, member, at, rank=2), "impossible rank"),
+        (lambda g, member, liar, at: opening_of(g, member, at, group_id=b"short"), "no group"),
+        (lambda g, member, liar, at: opening_of(g, member, at, group_id=b"?" * 16), "no such group"),
+        (lambda g, member, liar, at: b"\x00garbage", ""),
+        (lambda g, member, liar, at: b"", ""),
+    ],
+    ids=["name", "key", "unsigned", "token", "our rank", "rank", "id", "unknown", "garbage", "empty"],
+)
+async def test_a_transfer_is_refused_to_whoever_is_not_that_member(
+    house: Houses, tmp_path: Path, forge: Callable[[Group, Identity, Identity, House], bytes], complaint: str
+) -> None:
+    ours, member = await house(), await house()
+    liar = Identity.open(tmp_path / "liar")
+    group = group_of(ours, member)
+    ours.told.outgoing[Rank(1)] = [chunk(3, b"secret")]
+    ours.door.open_streams(SESSION, group, Rank(0))
+    await until(lambda: not ours.told.streams_lost)
+    async with transfer(ours, forge(group, member.identity, liar, ours)) as call:
+        assert complaint in await ended(call)
+    assert len(ours.told.outgoing[Rank(1)]) <= 1 and ours.told.chunks == []
+
+
+async def test_a_transfer_that_is_never_opened_is_not_kept(house: Houses) -> None:
+    ours = await house()
+    async with grpc.aio.insecure_channel(ours.address) as channel:
+        call = channel.stream_stream("/moshpitd.peer.v1.PeerService/Transfer")()
+        try:
+            assert await ended(call)
+        finally:
+            call.cancel()
+
+
+async def test_garbage_instead_of_chunks_costs_its_sender_the_stream(house: Houses) -> None:
+    ours, member = await house(), await house()
+    group = group_of(ours, member)
+    ours.door.open_streams(SESSION, dataclasses.replace(group, members=group.members), Rank(0))
+    async with transfer(ours, opening_of(group, member.identity, ours)) as call:
+        await call.write(b"\x12\x03abc")
+        assert "chunk" in await ended(call)
+    await until(lambda: ours.told.streams_lost)
+    assert ours.told.streams_lost[0][0] == 1
