@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import moshpitd
+from moshpitd import allocator
 from moshpitd.averaging.all_reduce import AllReduceConfig
 from moshpitd.averaging.grid import format_sides
 from moshpitd.averaging.matchmaking import MatchmakingConfig
@@ -54,6 +55,8 @@ READY_PATIENCE_S = 2.0
 """After that, people are told what the daemon waits for."""
 CLOSE_GRACE_S = 2.0
 """For answers that are on their way when the local door closes; rounds were drained before."""
+IDLE_CHECK_S = 5.0
+"""Free memory is kept for the next round, and given back when none ended for as long as this."""
 PORT_TRIES = 20
 """With port 0, the TCP port the kernel gave may be taken on UDP: then another one is drawn."""
 ROUTE_PROBES = (Address("192.0.2.1", 9), Address("2001:db8::1", 9))
@@ -125,6 +128,7 @@ class Daemon:
 def start(config: Config) -> int:
     """Run a daemon to its end in this process, on a loop of its own; returns the exit code."""
     event_log.set_up(config.log_level, sys.stderr)
+    allocator.keep_memory()
     try:
         with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
             return runner.run(run(config))
@@ -148,12 +152,16 @@ async def run(config: Config) -> int:
                     f"listening on {daemon.listen}, swarm {daemon.swarm}, socket {config.socket}, "
                     f"id {short(daemon.identity.peer_id)}"
                 )
-                readiness = asyncio.create_task(_tell_readiness(daemon, local))
+                beside = [
+                    asyncio.create_task(_tell_readiness(daemon, local)),
+                    asyncio.create_task(_give_memory_back(daemon.driver)),
+                ]
                 try:
                     clone = await ending
                 finally:
-                    readiness.cancel()
-                    await asyncio.wait([readiness])
+                    for task in beside:
+                        task.cancel()
+                    await asyncio.wait(beside)
                 await local.show_ready(False)
                 if clone is not None:
                     return _complain(_clone_message(daemon, clone), EXIT_FAILED)
@@ -306,6 +314,18 @@ async def _tell_readiness(daemon: Daemon, local: LocalServer) -> None:
     await local.show_ready(True)
     others = daemon.peers
     _say(f"ready, {others} other {'peer' if others == 1 else 'peers'}")
+
+
+async def _give_memory_back(driver: Driver) -> None:
+    """Once after each spell of rounds, when the last one is a while ago."""
+    given_back_after = driver.rounds_ended
+    seen = driver.rounds_ended
+    while True:
+        await asyncio.sleep(IDLE_CHECK_S)
+        if driver.rounds_ended == seen and not driver.busy and given_back_after != seen:
+            allocator.give_back()
+            given_back_after = seen
+        seen = driver.rounds_ended
 
 
 @contextmanager

@@ -62,8 +62,12 @@ NEIGHBOURS_ASKED = 3
 class DriverConfig:
     """How machines are run."""
 
-    inline_bytes_max: int = 1 << 18
-    """Jobs that read no more than this run on the event loop; larger ones in a thread, where numpy lets the loop go."""
+    inline_bytes_max: int = 8 << 20
+    """Jobs that read no more than this run on the event loop, some milliseconds at most; larger ones in a thread, where
+    numpy lets the loop go. Threads cost a tenth of a round's processor time on a machine that has no core to spare."""
+    announce_interval_s: float = 0.5
+    """A session's record is made known at most this often, the newest one. A trainer that averages faster than this
+    would otherwise spend more on the directory than on averaging."""
     threads: int = 2
     """For jobs. More than the machine has cores to spare only makes trainers slower."""
     dialable_patience_s: float = 3.0
@@ -142,6 +146,7 @@ class Driver:
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
         self._opened = 0
+        self._ended = 0
         self.dialable: bool | None = None
         """Whether another peer could dial us; None while nobody tried."""
         self._dialable_known = asyncio.Event()
@@ -345,6 +350,7 @@ class Driver:
     # ---- for the running sessions
 
     def finished(self, running: Running, receipt: Receipt) -> None:
+        self._ended += 1
         self._receipts.append((running.machine.options.name, receipt))
         self._remember(running)
 
@@ -361,6 +367,20 @@ class Driver:
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._pool, effect.job)
         future.add_done_callback(lambda ended: None if ended.cancelled() else done(ended.result()))
+
+    @property
+    def rounds_ended(self) -> int:
+        """Averagings that came to an end so far."""
+        return self._ended
+
+    @property
+    def busy(self) -> bool:
+        """Whether a trainer waits for an averaging."""
+        return any(r.ending is not None and not r.ending.done() for r in self._running.values())
+
+    @property
+    def announce_interval_s(self) -> float:
+        return self._config.announce_interval_s
 
     @property
     def directory(self) -> Directory:
@@ -394,6 +414,7 @@ class Running:
         self._waiting: dict[str, Announce] = {}
         """Per slot the announcement to make when the one in flight is over: the newest wins."""
         self._announcing: set[str] = set()
+        self._announce_next_at: dict[str, float] = {}
         self._looking_up: set[Key] = set()
         self._stopped = False
 
@@ -468,6 +489,7 @@ class Running:
                     self._looking_up.add(key)
                     self._driver.spawn(self._look_up(key))
             case Withdraw(key=key):
+                self._waiting.clear()
                 kind = "lease" if key == self.machine.key else "presence"
                 self.withdrawals.append(self._driver.spawn(self._withdraw(key, kind)))
             case OpenStreams(group=group, rank=rank):
@@ -504,7 +526,14 @@ class Running:
 
     async def _announce_all(self, slot: str) -> None:
         try:
-            while effect := self._waiting.pop(slot, None):
+            while slot in self._waiting:
+                pause_s = self._announce_next_at.get(slot, 0.0) - self._loop.time()
+                if pause_s > 0:
+                    await asyncio.sleep(pause_s)
+                effect = self._waiting.pop(slot, None)
+                if effect is None:
+                    return  # withdrawn meanwhile
+                self._announce_next_at[slot] = self._loop.time() + self._driver.announce_interval_s
                 kind, body = wire.record_kind(effect.record), wire.record_bytes(effect.record)
                 try:
                     roster = await self._driver.directory.announce(

@@ -139,7 +139,7 @@ class AllReduce:
         self._ready: dict[Rank, bytes] = {}
         self._told_ready = {rank}
         self._holdings: dict[Rank, tuple[int, ...]] = {}
-        self._early: deque[tuple[Rank, ReductionMessage | Chunk]] = deque(maxlen=4 * count + 16 * n)
+        self._early: list[tuple[Rank, ReductionMessage | Chunk]] = []
         """Of a view we have not heard of yet."""
         self._digest = b""
 
@@ -235,7 +235,7 @@ class AllReduce:
             case View():
                 self._receive_view(message, sender, now)
             case Ready(view=view) | Holdings(view=view) if view > self._view:
-                self._early.append((sender, message))
+                self._keep_early(message, sender)
             case Holdings(view=view, views=views):
                 if len(views) != len(self._pieces):
                     raise RemoteProtocolError(f"holdings of {len(views)} chunks, there are {len(self._pieces)}")
@@ -260,7 +260,7 @@ class AllReduce:
         if self.finished or sender not in self._live:
             return
         if chunk.view > self._view or self.state is State.AGREEING:
-            self._early.append((sender, chunk))  # who owns what is not settled here yet
+            self._keep_early(chunk, sender)  # who owns what is not settled here yet
         elif chunk.is_average:
             self._average_received(chunk, sender)
         else:
@@ -407,8 +407,12 @@ class AllReduce:
             raise RemoteProtocolError(
                 f"{self._name(sender)} sent the average of chunk {index}, which is not its to send"
             )
-        if not chunk.contributors or any(rank not in self._contributors for rank in chunk.contributors):
+        if not chunk.contributors or list(chunk.contributors) != sorted(
+            set(chunk.contributors) & set(self._contributors)
+        ):
             raise RemoteProtocolError(f"an average of chunk {index} by impossible contributors")
+        if not 0 <= chunk.made_in <= self._view:
+            raise RemoteProtocolError(f"an average of chunk {index} made in view {chunk.made_in}")
         piece = self._pieces[index]
         job = partial(
             decode_average,
@@ -728,15 +732,24 @@ class AllReduce:
         return self._owner_among(able, index) if able else self._pieces[index].reducer
 
     def _replay_early(self, now: float) -> None:
-        waiting, self._early = self._early, deque(maxlen=self._early.maxlen)
+        waiting, self._early = self._early, []
         for sender, item in waiting:
             if sender not in self._live or self.finished:
                 continue
-            if isinstance(item, Chunk):
-                self.bytes_received -= len(item.payload)
-                self.chunk_received(item, sender, now)
-            else:
-                self.receive(item, sender, now)
+            try:
+                if isinstance(item, Chunk):
+                    self.bytes_received -= len(item.payload)
+                    self.chunk_received(item, sender, now)
+                else:
+                    self.receive(item, sender, now)
+            except RemoteProtocolError as wrong:  # not the fault of whose message is being received
+                self._accuse(sender, str(wrong))
+
+    def _keep_early(self, item: ReductionMessage | Chunk, sender: Rank) -> None:
+        """Until we are in its view. A member sends every chunk twice at most, and few messages."""
+        if sum(1 for rank, _ in self._early if rank == sender) >= 2 * len(self._pieces) + 16:
+            raise RemoteProtocolError(f"{self._name(sender)} sent too much of views to come")
+        self._early.append((sender, item))
 
     # ---- small things
 
@@ -841,26 +854,32 @@ def reduce_chunk(
     dtype = DTYPES[piece.dtype]
     wide = np.float64 if dtype == np.float64 else np.float32
     elements = piece.stop - piece.start
-    total: Floats | None = None
-    cell: Floats | None = None
-    present = 0.0
-    for position, (coordinate, weight, code) in enumerate(contributions):
+    decoded: list[Floats] = []
+    for position, (_, _, code) in enumerate(contributions):
         try:
-            values = own if code is None else codec.decode(code, dtype, elements)
+            decoded.append(own if code is None else codec.decode(code, dtype, elements))
         except RemoteProtocolError as wrong:
             return Spoilt(position, str(wrong))
-        bad = None if code is None else first_non_finite(values)
-        if bad is not None:
-            return Spoilt(position, f"sent {values[bad]} for element {piece.start + bad}")
-        term = np.multiply(values, wide(weight), dtype=wide)
-        present += weight
-        cell = term if cell is None else np.add(cell, term, out=cell)
+    total: Floats | None = None
+    cell: Floats | None = None
+    scratch = np.empty(elements, wide)
+    for position, (coordinate, weight, _) in enumerate(contributions):
+        if cell is None:
+            cell = np.multiply(decoded[position], wide(weight), out=None if total is None else scratch, dtype=wide)
+        else:
+            cell += np.multiply(decoded[position], wide(weight), dtype=wide)
         is_last_of_cell = position + 1 == len(contributions) or contributions[position + 1][0] != coordinate
         if is_last_of_cell:
             total = cell if total is None else np.add(total, cell, out=total)
             cell = None
     assert total is not None
-    np.divide(total, wide(present), out=total)
+    # Weights are positive, so what is not finite anywhere is not finite in the sum: one look for all.
+    if first_non_finite(total) is not None:
+        for position, values in enumerate(decoded):
+            bad = first_non_finite(values)
+            if bad is not None and contributions[position][2] is not None:
+                return Spoilt(position, f"sent {values[bad]} for element {piece.start + bad}")
+    np.divide(total, wide(math.fsum(weight for _, weight, _ in contributions)), out=total)
     with np.errstate(over="ignore"):
         average = total if total.dtype == dtype else total.astype(dtype)
     code = codec.encode(average)

@@ -131,6 +131,7 @@ def grid_key(swarm: bytes, terms: bytes, plan: Plan, *, k: int, j: int, axis: in
     return key("grid", swarm, terms, plan.digest, k, j, axis, *line_of(cell, axis))
 
 
+@lru_cache(maxsize=1 << 14)
 def leadership(grid_key: Key, peer: PeerId) -> bytes:
     """Candidates are ordered by this; the smallest live one leads."""
     return digest("leader", grid_key, peer)
@@ -193,8 +194,8 @@ def choose_sides(sessions: int, limit: int) -> tuple[int, ...]:
 def cells_of(sides: tuple[int, ...], sessions: int) -> tuple[Cell, ...]:
     """A cell for each position of a roster: every cell once, then diagonal by diagonal once more.
 
-    A diagonal (coordinates that add up to the same number modulo the longest side) meets no line twice and every longest
-    line once. So no group is larger than ceil(sessions * longest side / cells), which is what the planner counts on; one
+    A diagonal (coordinates that add up to the same number modulo the longest side) meets no line twice and every
+    longest line once. So no group is larger than ceil(sessions * longest side / cells), as the planner reckons; one
     after the other where the lines are emptiest can end above it (119 sessions on 4x5x5).
     """
     every = list(itertools.product(*(range(side) for side in sides)))

@@ -196,7 +196,9 @@ class Matchmaking:
         self._mine = mine
         self._wait_until = now + wait_s
         if self._closed:
-            self._become_ended(f"the group closed {now - (self._closed_at or now):.1f} s ago without us", now)
+            assert self._closed_at is not None
+            self.now_k = self.round.k + 1
+            self._become_ended(f"averaging {self.round.k} closed {now - self._closed_at:.1f} s ago without us", now)
             return
         self.state = State.APPLYING
         self._settle(now)

@@ -80,7 +80,7 @@ class Membership:
         now: float,
     ) -> None:
         self._me = me
-        self._terms = terms
+        self._terms = terms.digest
         self._pin = pin
         self._limit = group_size_max
         self._min_peers = min_peers
@@ -164,7 +164,7 @@ class Membership:
         return {
             peer: known
             for peer, known in self._known.items()
-            if known.lease.terms == self._terms.digest and peer not in self._suspects
+            if known.lease.terms == self._terms and peer not in self._suspects
         }
 
     def everyone(self) -> dict[PeerId, Known]:
@@ -184,12 +184,16 @@ class Membership:
     def majority_against_us(self) -> PeerId | None:
         """Somebody whose terms most live sessions share, when ours are not among them; the later joiner loses a tie."""
         camps = Counter(known.lease.terms for peer, known in self._known.items() if peer not in self._suspects)
-        ours = camps.pop(self._terms.digest, 0) + 1
+        ours = camps.pop(self._terms, 0) + 1
         if not camps or max(camps.values()) < ours:
             return None
         largest = max(camps.values())
         camp = min(terms for terms, count in camps.items() if count == largest)
-        theirs = {peer: known for peer, known in self._known.items() if known.lease.terms == camp}
+        theirs = {
+            peer: known
+            for peer, known in self._known.items()
+            if known.lease.terms == camp and peer not in self._suspects
+        }
         spokesman = min(theirs, key=lambda peer: digest("spokesman", peer, self._me))
         if largest > ours:
             return spokesman
@@ -232,7 +236,7 @@ class Membership:
         Plans may come in any order: an older one still counts until the newer one begins.
         """
         plan = notice.plan
-        if plan.terms != self._terms.digest or not plan.is_well_formed():
+        if plan.terms != self._terms or not plan.is_well_formed():
             return False
         if len(self._plans_met) >= PLANS_MET_MAX:
             self._plans_met.clear()
@@ -262,7 +266,7 @@ class Membership:
 
     def is_outranked(self, plan: Plan) -> bool:
         """Whether we go by another plan instead of this one."""
-        return plan.terms == self._terms.digest and any(
+        return plan.terms == self._terms and any(
             notice.plan.version == plan.version and notice.plan.precedence > plan.precedence for notice in self._plans
         )
 
@@ -294,7 +298,7 @@ class Membership:
         plan = Plan(
             version=newest.plan.version + 1 if newest else 1,
             sides=sides,
-            terms=self._terms.digest,
+            terms=self._terms,
             # Without any plan nobody can be in an averaging: the first one holds at once.
             first_k=current + FIRST_K_LEAD if newest else 0,
             roster=roster,

@@ -183,8 +183,11 @@ class PeerDoor:
         try:
             why = await self._converse(peer, address)
         except (TimeoutError, grpc.aio.AioRpcError, OSError) as error:
+            refused = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.FAILED_PRECONDITION
             detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
             log.info("%s %s: %s", short(peer), why, detail or type(error).__name__)
+            if refused:  # the other's own words for people; the transport's are too many
+                why = f"{why}: {detail}"
         except RemoteProtocolError as wrong:
             why = f"{why}: {wrong}"
             log.warning("%s %s", short(peer), why)
@@ -409,9 +412,10 @@ class PeerDoor:
     ) -> None:
         incoming = requests.__aiter__()
         try:
-            first = peer_pb2.TransferRequest.FromString(await anext(incoming)).open
+            async with asyncio.timeout(self._config.dial_timeout_s):
+                first = peer_pb2.TransferRequest.FromString(await anext(incoming)).open
             streams, rank = await self._admit_transfer(first)
-        except (RemoteProtocolError, StopAsyncIteration, ValueError) as wrong:
+        except (RemoteProtocolError, StopAsyncIteration, ValueError, TimeoutError) as wrong:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(wrong) or "no opening")
         reader = asyncio.create_task(self._read_chunks(streams, rank, incoming))
         writer = asyncio.create_task(self._write_chunks(streams, rank, context.write, None))

@@ -1,8 +1,8 @@
 """A group of all-reduce machines and the network between them, on paper: no socket, no thread, no real clock.
 
 Knows a heap of things to come. Every pair of members has two lanes in each direction, one for messages and one for
-chunks; each keeps its order, and neither waits for the other. Two that nobody can dial have none. Chunks are pulled, one
-on the way at a time. Jobs run here and end a little later. Delays, and how much of a dead member's last words still
+chunks; each keeps its order, and neither waits for the other. Two that nobody can dial have none. Chunks are pulled,
+one on the way at a time. Jobs run here and end a little later. Delays, and how much of a dead member's last words still
 arrives, come from a seed.
 """
 
@@ -34,8 +34,12 @@ LATENCY_S = (0.001, 0.05)
 
 
 def peer(number: int) -> PeerId:
-    """Ids in the order of their numbers."""
-    return PeerId(f"{number:064x}")
+    """Ids in the order of their numbers, told apart by the digits that people see."""
+    return PeerId(f"{number:08x}" + "0" * 56)
+
+
+def number_of(peer: PeerId) -> int:
+    return int(peer[:8], 16)
 
 
 def group_of(
@@ -202,7 +206,7 @@ class GroupOnPaper:
         mean = np.full(self._values[0].layout.elements, np.nan)
         every = [flat(vector) for vector in self._values]
         for line in self.machines[Rank(rank)].span_lines():
-            ranks = [int(contributor, 16) for contributor in line.contributors]
+            ranks = [number_of(contributor) for contributor in line.contributors]
             weights = np.array([self.group.members[r].weight for r in ranks])
             rows = np.stack([every[r][line.start : line.stop] for r in ranks])
             mean[line.start : line.stop] = weights @ rows / weights.sum()
@@ -222,7 +226,7 @@ class GroupOnPaper:
             assert machine.digest == self.machines[first].digest
             assert machine.span_lines() == self.machines[first].span_lines()
             expected = self.mean_by_receipt(rank)
-            scale = max(float(np.abs(flat(vector)).max()) for vector in self._values)
+            scale = max(float(np.nanmax(np.abs(flat(vector)))) for vector in self._values)
             assert np.abs(self.result_flat(rank) - expected).max() <= tolerance * scale
         assert all(self.untouched(rank) for rank in range(len(self._values)))
 
@@ -262,7 +266,7 @@ class GroupOnPaper:
         match effect:
             case Send(peer=to, message=message):
                 assert isinstance(message, ReductionMessage)
-                self._send(rank, Rank(int(to, 16)), message)
+                self._send(rank, Rank(number_of(to)), message)
             case Sendable(rank=to):
                 self._pull(rank, to)
             case Compute(job_id=job_id, job=job):

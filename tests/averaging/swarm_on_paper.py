@@ -1,7 +1,7 @@
 """A swarm without machines: real Session machines, a heap of events, and a clock that only the heap moves.
 
 Carries out effects as the driver and the doors do: messages in order over channels that can be cut, chunks by pulling,
-a directory whose answers take time and may be old, jobs inline. Everything varies by one seed, so a failure is a number.
+a directory whose answers take time and may be old, jobs inline. All that varies comes from one seed.
 What an honest peer must never cause (RemoteProtocolError, a timer that spins) is raised or kept in `protocol_errors`.
 """
 
@@ -201,7 +201,7 @@ class Swarm:
         return {peer: peer.endings[n] for peer, n in before.items() if len(peer.endings) > n}
 
     def train(self, peer: Peer, draw: Callable[[], tuple[Vector, Call]], *, pause: Span) -> None:
-        """Its trainer calls again and again, computing for a while between: until it dies or `peer.on_end` is cleared."""
+        """Its trainer calls again and again and computes between, until it dies or `peer.on_end` is cleared."""
 
         def again(_: Ending | None = None) -> None:
             self.at(self._after(pause), lambda: peer.on_end and self._start_alive(peer, *draw()))

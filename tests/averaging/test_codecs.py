@@ -100,7 +100,7 @@ def test_nan_and_infinity_are_not_hidden_by_a_code(codec: str, dtype: str) -> No
 def test_a_wrong_size_is_the_senders_fault(codec: str, dtype: str) -> None:
     code = bytes(codec_named(codec).encode(values_of(dtype, 10)))
     for wrong in (b"", code[:-1], code + b"\0", code * 2):
-        with pytest.raises(RemoteProtocolError, match="^10 elements as .* have .* bytes, not"):
+        with pytest.raises(RemoteProtocolError, match=r"^10 elements as .* have .* bytes, not"):
             codec_named(codec).decode(wrong, DTYPES[dtype], 10)
 
 

@@ -8,7 +8,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -133,7 +133,7 @@ def grids(sessions: int, limit: int) -> list[tuple[int, ...]]:
     return list(grow(()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def largest_group(sessions: int, sides: tuple[int, ...]) -> int:
     return Loads(sides, cells_of(sides, sessions)).largest_group()
 

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Callable[..., Measured]] = {
     "idle": idle.measure,
     "directory": directory.measure,
 }
+PLAIN_WIDTH = 132
 PACKAGES = ("moshpitd", "moshpit_client", "grpcio", "protobuf", "numpy", "ml_dtypes", "kademlia", "uvloop")
 
 
@@ -44,6 +46,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: for a look, not for the record")
     parser.add_argument("--json", action="store_true", help="print what results.json holds instead of the table")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the swarm's processes end with us
     notes = Console(stderr=True)
     found: dict[str, Measured] = {}
     failures: dict[str, str] = {}
@@ -54,6 +57,7 @@ def main() -> int:
         try:
             found[name] = BENCHMARKS[name](quick=arguments.quick)
         except (WrongResult, SwarmFailed) as error:
+            # The daemons' logs are named in a note.
             failures[name] = "\n".join([str(error), *getattr(error, "__notes__", ())])
             notes.print(f"{name}: {failures[name]}", style="red", markup=False)
         else:
@@ -75,7 +79,8 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(report))
     else:
-        show(Console(), found.values(), report["missing"], failures)
+        # A log or a pipe has no width of its own, and the table folds badly into the usual 80 columns.
+        show(Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH), found.values(), report["missing"], failures)
     return 1 if failures else 0
 
 

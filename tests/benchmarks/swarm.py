@@ -167,16 +167,18 @@ def running(count: int, *flags: str) -> Iterator[Swarm]:
     """A swarm of so many daemons, started with these flags. Their logs are kept, and named, when the block fails."""
     home = Path(tempfile.mkdtemp(prefix="moshpit-"))
     swarm = Swarm(home, flags)
+    failed = False
     try:
         swarm.start(count)
         yield swarm
     except (SwarmFailed, WrongResult) as error:
+        failed = True
         error.add_note(f"the daemons' logs: {home}/*/log")
         raise
-    else:
-        shutil.rmtree(home)
     finally:
         swarm.stop()
+        if not failed:
+            shutil.rmtree(home)
 
 
 class Trainers:

@@ -46,15 +46,22 @@ def assert_as_receipt_says(there: list[Trainer], survivors: list[Trainer], recei
 
 def test_a_daemon_killed_in_the_middle_of_a_round_costs_only_its_share(swarm: Swarm) -> None:
     peers = swarm.start(4)
-    with trainers(peers, large, min_peers=3) as there:
+    with trainers(peers, large, min_peers=3, initial_peers=4) as there:
         victim, survivors, dead = there[2], [*there[:2], there[3]], peers[2].id
-        futures = [trainer.average() for trainer in there]
+        futures = {trainer: trainer.average() for trainer in survivors}
+        # One that joined and stands still for a moment: the round cannot end before the victim is dead.
+        sleeper = next(
+            trainer for trainer in survivors if trainer.peer.says("matching: (waiting|leads)")[1] == "waiting"
+        )
+        sleeper.peer.signal(signal.SIGSTOP)
+        futures[victim] = victim.average()
         victim.peer.says(REDUCING)
         victim.peer.kill()
+        sleeper.peer.signal(signal.SIGCONT)
         with pytest.raises(moshpit_client.DaemonUnreachable, match="moshpitd run"):
-            futures[2].result(60)
+            futures[victim].result(60)
         assert victim.is_untouched()
-        receipts = [futures[index].result(60) for index in (0, 1, 3)]
+        receipts = [futures[trainer].result(60) for trainer in survivors]
         assert {receipt.outcome for receipt in receipts} == {"partial"}
         assert {tuple(dropped.peer for dropped in receipt.rounds[0].dropped) for receipt in receipts} == {(dead,)}
         assert all(dead[:8] in receipt.why for receipt in receipts)
@@ -69,7 +76,7 @@ def test_a_daemon_killed_in_the_middle_of_a_round_costs_only_its_share(swarm: Sw
 
 def test_a_daemon_that_stands_still_is_left_out_and_comes_back(swarm: Swarm) -> None:
     peers = swarm.start(4)
-    with trainers(peers, large, min_peers=3) as there:
+    with trainers(peers, large, min_peers=3, initial_peers=4) as there:
         frozen = peers[1].id
         futures = [trainer.average() for trainer in there]
         peers[1].says(REDUCING)
@@ -91,7 +98,7 @@ def test_a_daemon_that_stands_still_is_left_out_and_comes_back(swarm: Swarm) -> 
 
 def test_a_daemon_killed_between_averagings_is_not_waited_for(swarm: Swarm) -> None:
     peers = swarm.start(4)
-    with trainers(peers, random_tensors, min_peers=3) as there:
+    with trainers(peers, random_tensors, min_peers=3, initial_peers=4) as there:
         average_all(there)
         peers[3].kill()
         receipts = average_all(there[:3], timeout=20)
@@ -184,7 +191,7 @@ def test_sigterm_lets_the_running_round_finish_and_exits_0(swarm: Swarm) -> None
 
 def test_the_others_do_not_wait_for_one_that_left(swarm: Swarm) -> None:
     peers = swarm.start(4)
-    with trainers(peers, random_tensors, min_peers=3) as there:
+    with trainers(peers, random_tensors, min_peers=3, initial_peers=4) as there:
         average_all(there)
         peers[0].signal(signal.SIGTERM)
         assert peers[0].ends() == 0

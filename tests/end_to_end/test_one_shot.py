@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.end_to_end.swarm import Array, Peer, Swarm, error, finish, mean
+from tests.end_to_end.swarm import Array, Peer, Swarm, average_all, error, finish, mean, trainers
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,19 @@ def test_the_receipt_has_what_the_contract_lists(four: list[Peer], tmp_path: Pat
         assert sorted(receipt["peers"]) == sorted(other.id for other in four if other is not peer)
         (round_,) = receipt["rounds"]
         assert round_.keys() >= {
-            *("round", "axis", "outcome", "group_id", "digest", "leader", "rank", "codec", "members", "spans", "dropped")
+            *(
+                "round",
+                "axis",
+                "outcome",
+                "group_id",
+                "digest",
+                "leader",
+                "rank",
+                "codec",
+                "members",
+                "spans",
+                "dropped",
+            )
         }
         assert round_["members"][0].keys() >= {"peer", "weight"}
         assert round_["dropped"] == [] and round_["codec"] == "float32"
@@ -142,27 +154,26 @@ def test_too_few_peers_exit_5_name_the_numbers_and_write_nothing(four: list[Peer
     assert sorted(tmp_path.iterdir()) == paths
 
 
-def test_one_that_differs_is_told_the_first_difference_and_the_others_average(
-    four: list[Peer], tmp_path: Path
-) -> None:
-    """The others may see it for a moment, but they are more."""
-    paths = files(tmp_path, 4)
-    save_file({**tensors(3), "layer.w": np.ones((300, 40), np.float32)}, paths[3])
-    before = paths[3].read_bytes()
-    done = average(four, paths, "--min-peers", "3", "--timeout", "30", "--name", "differ")
-    assert [each.returncode for each in done] == [0, 0, 0, 1], done
-    assert "'layer.w' float32[300, 40] here is float32[300, 41] there" in done[3].stderr
-    assert paths[3].read_bytes() == before and not paths[3].with_suffix(".out").exists()
+def test_one_that_differs_is_told_the_first_difference_and_the_others_average(four: list[Peer], tmp_path: Path) -> None:
+    (path,) = files(tmp_path, 1)
+    before = path.read_bytes()
+    with trainers(four[:3], lambda i: {**tensors(i), "layer.b": np.ones(40)}, name="differ", min_peers=3) as there:
+        odd = four[3].cli("average", path, "-o", path.with_suffix(".out"), "--min-peers", "3", "--name", "differ")
+        assert odd.returncode == 1, odd
+        assert "this session differs from most of the swarm" in odd.stderr
+        assert "tensor 'layer.b' float64[41] here is float64[40] there" in odd.stderr
+        assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+        assert {(receipt.outcome, len(receipt.peers)) for receipt in average_all(there)} == {("complete", 2)}
 
 
 @pytest.mark.parametrize("words", [["--codec", "float16"], ["--rounds", "1"]], ids=["codec", "rounds"])
 def test_other_options_than_the_others_are_named(four: list[Peer], tmp_path: Path, words: list[str]) -> None:
-    paths = files(tmp_path, 4)
-    common = ["--min-peers", "3", "--timeout", "30", "--name", f"options{words[0]}"]
-    odd = four[3].cli_start("average", paths[3], "-o", paths[3].with_suffix(".out"), *common, *words)
-    done = [*average(four[:3], paths[:3], *common), finish(odd)]
-    assert [each.returncode for each in done] == [0, 0, 0, 1], done
-    assert words[0].removeprefix("--") in done[3].stderr and words[1] in done[3].stderr, done[3].stderr
+    (path,) = files(tmp_path, 1)
+    name = f"options{words[0]}"
+    with trainers(four[:3], tensors, name=name, min_peers=3):
+        odd = four[3].cli("average", path, "-o", path, "--min-peers", "3", "--name", name, *words)
+    assert odd.returncode == 1, odd
+    assert words[0].removeprefix("--") in odd.stderr and words[1] in odd.stderr, odd.stderr
 
 
 def test_files_that_cannot_be_averaged_are_refused_before_anybody_hears_of_them(
@@ -178,4 +189,3 @@ def test_files_that_cannot_be_averaged_are_refused_before_anybody_hears_of_them(
         assert done.returncode == 1 and culprit in done.stderr and "Traceback" not in done.stderr, done
     assert not (tmp_path / "out").exists()
     assert "unfit" not in four[0].log
-

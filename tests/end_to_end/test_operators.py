@@ -35,7 +35,8 @@ def test_status(peer: Peer) -> None:
     status = peer.json("status")
     assert status["ready"] is True and status["peers"] == 3 and status["swarm"] == "test"
     assert status["listen"] == peer.address and len(str(status["peer_id"])) == 64
-    (session,) = status["sessions"]  # type: ignore[misc, attr-defined]
+    assert isinstance(status["sessions"], list)
+    (session,) = status["sessions"]
     assert session["grid"] == "2x2" and session["live_sessions"] == 4 and session["epoch"] == 2
     assert session["averagings"] == {"complete": 2} and session["state"] == "idle"
     told = words(peer, "status")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from moshpitd.identity import Identity
 from moshpitd.peer import wire
 from moshpitd.peer.channels import PeerConfig
 from moshpitd.peer.conversation import Introduction
-from moshpitd.peer.door import PeerDoor
+from moshpitd.peer.door import SERVICE, PeerDoor
 from moshpitd.peer.v1 import peer_pb2, peer_pb2_grpc
 
 DEADLINE_S = 20.0
@@ -42,7 +43,6 @@ class Told:
     dialable: list[bool] = field(default_factory=list)
     outgoing: dict[Rank, list[Outgoing]] = field(default_factory=dict)
     refuses: type[Message] | None = None
-    news: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def message_received(self, session: Key, sender: PeerId, message: Message) -> None:
         assert session == SESSION
@@ -109,7 +109,7 @@ Houses = Callable[..., "asyncio.Future[House]"]
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - it looks at several inboxes
             await asyncio.sleep(0.005)
 
 
@@ -155,9 +155,7 @@ async def test_another_peer_at_the_address_is_found_out_and_hears_nothing(house:
     ours, expected, other = await house(), await house(), await house()
     ours.say(expected, PlanWanted(), at=other.address)
     await until(lambda: ours.told.lost)
-    assert ours.told.lost == [
-        (expected.id, f"could not be dialled at {other.address}: {other.id[:8]} answers there")
-    ]
+    assert ours.told.lost == [(expected.id, f"could not be dialled at {other.address}: {other.id[:8]} answers there")]
     assert other.told.messages == []
 
 
@@ -229,13 +227,15 @@ class Forger:
         await self.call.write(peer_pb2.ConverseRequest(proof=peer_pb2.Proof(signature=signature)))
 
     async def speak(self) -> None:
-        await self.call.write(peer_pb2.ConverseRequest(envelope=wire.envelope(SESSION, PlanWanted())))
+        with suppress(grpc.aio.AioRpcError):  # the other may have hung up by now
+            await self.call.write(peer_pb2.ConverseRequest(envelope=wire.envelope(SESSION, PlanWanted())))
 
     async def refused(self) -> str:
         """What the other said when it ended the call."""
         async with asyncio.timeout(DEADLINE_S):
-            while isinstance(await self.call.read(), peer_pb2.ConverseResponse):
-                pass
+            with suppress(grpc.aio.AioRpcError):
+                while isinstance(await self.call.read(), peer_pb2.ConverseResponse):
+                    pass
             assert await self.call.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
             return str(await self.call.details())
 
@@ -279,8 +279,8 @@ async def test_a_hello_that_does_not_fit_is_refused_in_words(
         for name, value in change.items():
             setattr(liar.hello, name, value)
         await liar.call.write(peer_pb2.ConverseRequest(hello=liar.hello))
-        assert __import__("re").search(complaint, await liar.refused())
-    assert ours.told == Told(news=ours.told.news)
+        assert re.search(complaint, await liar.refused())
+    assert ours.told == Told()
 
 
 async def test_nobody_speaks_with_anothers_key(house: Houses, tmp_path: Path) -> None:
@@ -289,7 +289,6 @@ async def test_nobody_speaks_with_anothers_key(house: Houses, tmp_path: Path) ->
         liar.hello.public_key = victim.identity.public_key
         theirs = await liar.begin()
         await liar.prove(liar.introduction.sign("dialler", liar.hello, theirs))
-        await liar.speak()
         assert "not signed by the hello's key" in await liar.refused()
     assert ours.told.messages == [] and ours.told.lost == []
 
@@ -369,11 +368,11 @@ async def test_an_answerer_that_cannot_sign_for_its_key_is_not_believed(house: H
         yield peer_pb2.ConverseResponse(hello=hello)
         await anext(requests)
 
-    class Imposter(peer_pb2_grpc.PeerServiceServicer):
-        Converse = staticmethod(answer)
-
+    handler = grpc.stream_stream_rpc_method_handler(
+        answer, peer_pb2.ConverseRequest.FromString, peer_pb2.ConverseResponse.SerializeToString
+    )
     server = grpc.aio.server()
-    peer_pb2_grpc.add_PeerServiceServicer_to_server(Imposter(), server)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {"Converse": handler})])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -420,17 +419,6 @@ async def test_chunks_travel_both_ways_whoever_dialled(house: Houses) -> None:
     assert ours.told.streams_lost == theirs.told.streams_lost == []
 
 
-async def test_a_member_whose_daemon_dies_is_missed_by_its_rank(house: Houses) -> None:
-    ours, dying = await house(), await house()
-    group = group_of(ours, dying)
-    dying.told.outgoing[Rank(0)] = [chunk(1, b"x")]
-    for rank, each in enumerate((ours, dying)):
-        each.door.open_streams(SESSION, group, Rank(rank))
-    await until(lambda: ours.told.chunks)
-    await dying.door.close(0)
-    await until(lambda: ours.told.streams_lost or ours.told.chunks)
-
-
 @asynccontextmanager
 async def transfer(at: House, opening: bytes) -> AsyncIterator[grpc.aio.StreamStreamCall[bytes, bytes]]:
     async with grpc.aio.insecure_channel(at.address) as channel:
@@ -445,7 +433,7 @@ async def transfer(at: House, opening: bytes) -> AsyncIterator[grpc.aio.StreamSt
 def opening_of(group: Group, signer: Identity, at: House, **change: object) -> bytes:
     honest = peer_pb2.TransferOpen(
         group_id=group.group_id,
-        rank=1,
+        rank=0,
         public_key=signer.public_key,
         signature=signer.sign("transfer", SWARM, group.group_id, group.token, at.id.encode()),
         session=SESSION,
@@ -457,17 +445,18 @@ def opening_of(group: Group, signer: Identity, at: House, **change: object) -> b
 
 async def ended(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> str:
     async with asyncio.timeout(DEADLINE_S):
-        while isinstance(await call.read(), bytes):
-            pass
+        with suppress(grpc.aio.AioRpcError):
+            while isinstance(await call.read(), bytes):
+                pass
         return str(await call.details())
 
 
 async def test_an_honest_opening_by_hand_is_welcome(house: Houses) -> None:
     ours, member = await house(), await house()
-    group = group_of(ours, member)
-    ours.told.outgoing[Rank(1)] = [chunk(3, b"abc")]
-    ours.door.open_streams(SESSION, group, Rank(0))
-    async with transfer(ours, opening_of(group, member.identity, ours)) as call:
+    group = group_of(member, ours)
+    ours.told.outgoing[Rank(0)] = [chunk(3, b"abc")]
+    ours.door.open_streams(SESSION, group, Rank(1))
+    async with transfer(ours, opening_of(group, member.identity, ours)) as call, asyncio.timeout(DEADLINE_S):
         read = await call.read()
         assert isinstance(read, bytes) and bytes(wire.chunk_from(read).payload) == b"abc"
 
@@ -482,7 +471,7 @@ async def test_an_honest_opening_by_hand_is_welcome(house: Houses) -> None:
             lambda g, member, liar, at: opening_of(dataclasses.replace(g, token=b"?" * 16), member, at),
             "not signed",
         ),
-        (lambda g, member, liar, at: opening_of(g, member, at, rank=0), "impossible rank"),
+        (lambda g, member, liar, at: opening_of(g, member, at, rank=1), "impossible rank"),
         (lambda g, member, liar, at: opening_of(g, member, at, rank=2), "impossible rank"),
         (lambda g, member, liar, at: opening_of(g, member, at, group_id=b"short"), "no group"),
         (lambda g, member, liar, at: opening_of(g, member, at, group_id=b"?" * 16), "no such group"),
@@ -496,13 +485,12 @@ async def test_a_transfer_is_refused_to_whoever_is_not_that_member(
 ) -> None:
     ours, member = await house(), await house()
     liar = Identity.open(tmp_path / "liar")
-    group = group_of(ours, member)
-    ours.told.outgoing[Rank(1)] = [chunk(3, b"secret")]
-    ours.door.open_streams(SESSION, group, Rank(0))
-    await until(lambda: not ours.told.streams_lost)
+    group = group_of(member, ours)
+    ours.told.outgoing[Rank(0)] = [chunk(3, b"secret")]
+    ours.door.open_streams(SESSION, group, Rank(1))
     async with transfer(ours, forge(group, member.identity, liar, ours)) as call:
         assert complaint in await ended(call)
-    assert len(ours.told.outgoing[Rank(1)]) <= 1 and ours.told.chunks == []
+    assert len(ours.told.outgoing[Rank(0)]) == 1 and ours.told.chunks == []
 
 
 async def test_a_transfer_that_is_never_opened_is_not_kept(house: Houses) -> None:
@@ -517,10 +505,10 @@ async def test_a_transfer_that_is_never_opened_is_not_kept(house: Houses) -> Non
 
 async def test_garbage_instead_of_chunks_costs_its_sender_the_stream(house: Houses) -> None:
     ours, member = await house(), await house()
-    group = group_of(ours, member)
-    ours.door.open_streams(SESSION, dataclasses.replace(group, members=group.members), Rank(0))
+    group = group_of(member, ours)
+    ours.door.open_streams(SESSION, group, Rank(1))
     async with transfer(ours, opening_of(group, member.identity, ours)) as call:
         await call.write(b"\x12\x03abc")
         assert "chunk" in await ended(call)
     await until(lambda: ours.told.streams_lost)
-    assert ours.told.streams_lost[0][0] == 1
+    assert ours.told.streams_lost[0][0] == 0

@@ -14,7 +14,6 @@ import numpy as np
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.vector import DTYPES, Floats
 
-
 _LARGEST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}
 
 
