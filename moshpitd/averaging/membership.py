@@ -115,13 +115,18 @@ class Membership:
         self._gone.discard(sighting.peer)
         if known is None and len(self._known) >= LEASES_MAX:
             return
+        misses = known.misses if known and known.lease.last_k >= lease.last_k else 0
+        if known and known.incarnation == sighting.incarnation and known.lease.terms == lease.terms:
+            # It was announced a while ago; we may have met it since. Counts never go back.
+            counts = (max(known.lease.k, lease.k), max(known.lease.last_k, lease.last_k))
+            lease = replace(lease, k=counts[0], last_k=counts[1])
         self._known[sighting.peer] = Known(
             lease,
             sighting.incarnation,
             sighting.sequence,
             now + sighting.ttl_s,
             now - lease.open_s,
-            known.misses if known and known.lease.last_k >= lease.last_k else 0,
+            misses,
         )
 
     def expire(self, now: float) -> None:

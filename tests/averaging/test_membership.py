@@ -721,3 +721,15 @@ def test_every_session_has_a_cell_and_every_cell_a_session_in_a_swarm_of_any_siz
         held = {swarm.members.cell(notice.plan, 0)}
         held |= {cell for other in swarm.members.others() if (cell := swarm.members.cell_of(other, notice.plan))}
         assert len(held) == math.prod(notice.plan.sides)
+
+
+def test_a_lease_that_tells_old_counts_takes_back_nothing() -> None:
+    """Found by the demo: averagings faster than announcements, and a leader that closed without one it had just met."""
+    swarm = Swarm()
+    swarm.see(1, k=1, last_k=0)
+    swarm.members.took_part(peer(1), 20)
+    swarm.see(1, k=3, last_k=2)
+    assert swarm.members.current_k() == 20
+    plan = Plan(1, (2,), TERMS.digest, 0, tuple(sorted((ME, peer(1)))), peer(1))
+    line = swarm.members.line(plan, 0, plan.cells[ME])
+    assert swarm.members.expected(plan, line, 21) == (peer(1),)

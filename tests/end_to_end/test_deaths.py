@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
@@ -142,7 +141,7 @@ def test_the_first_member_may_die_and_newcomers_join_through_another(swarm: Swar
 
 def test_a_restarted_daemon_is_the_same_peer_and_takes_part_again(swarm: Swarm) -> None:
     peers = swarm.start(3)
-    with trainers(peers, random_tensors, min_peers=3) as there:
+    with trainers(peers, random_tensors, min_peers=2, initial_peers=3) as there:
         average_all(there)
         before = peers[2].id
         peers[2].kill()
@@ -151,10 +150,12 @@ def test_a_restarted_daemon_is_the_same_peer_and_takes_part_again(swarm: Swarm) 
         back = Trainer(again, random_tensors(7), min_peers=3)
         try:
             together = [there[0], there[1], back]
-            receipts = average_all(together)
-            assert {len(receipt.peers) for receipt in receipts} == {2}, receipts
+            # It has forgotten the count, so the others may go on without it once; then it is in time.
+            receipts = average_all(together, timeout=10)
+            if {len(receipt.peers) for receipt in receipts} != {2}:
+                receipts = average_all(together, timeout=10)
+            assert {(receipt.outcome, len(receipt.peers)) for receipt in receipts} == {("complete", 2)}
             assert len({trainer.tensors["w"].tobytes() for trainer in together}) == 1
-            assert {receipt.outcome for receipt in average_all(together)} == {"complete"}
         finally:
             back.close()
 
@@ -223,7 +224,9 @@ def test_a_trainer_killed_in_its_call_does_not_hurt_the_others(swarm: Swarm, mom
 
 
 def sessions(peer: Peer) -> list[dict[str, object]]:
-    return json.loads(peer.cli("status", "--json").stdout)["sessions"]
+    listed = peer.json("status")["sessions"]
+    assert isinstance(listed, list)
+    return listed
 
 
 def test_an_interrupted_command_leaves_its_files_and_the_swarm(swarm: Swarm, tmp_path: Path) -> None:

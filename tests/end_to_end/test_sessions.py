@@ -155,10 +155,10 @@ def test_a_late_joiner_receives_first_and_counts_from_then_on(four: list[Peer]) 
             assert [receipt.joined for receipt in receipts] == [False, False, False, True]
             assert np.allclose(joiner.tensors["w"], mean_of_three, rtol=1e-5, atol=1e-6)
             assert joiner.tensors["w"].tobytes() == there[0].tensors["w"].tobytes()
-            joiner.tensors["w"][:] = 4 * mean_of_three
+            joiner.tensors["w"][:] = np.float32(4) * mean_of_three.astype(np.float32)
             receipts = average_all([*there, joiner])
             assert not any(receipt.joined for receipt in receipts)
-            assert np.allclose(there[0].tensors["w"], 1.75 * mean_of_three, rtol=1e-5, atol=1e-6)
+            assert np.allclose(there[0].tensors["w"], 1.75 * mean_of_three.astype(np.float64), rtol=1e-5, atol=1e-6)
         finally:
             joiner.close()
 

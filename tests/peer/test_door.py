@@ -422,7 +422,9 @@ async def test_chunks_travel_both_ways_whoever_dialled(house: Houses) -> None:
 @asynccontextmanager
 async def transfer(at: House, opening: bytes) -> AsyncIterator[grpc.aio.StreamStreamCall[bytes, bytes]]:
     async with grpc.aio.insecure_channel(at.address) as channel:
-        call = channel.stream_stream("/moshpitd.peer.v1.PeerService/Transfer")()
+        call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(
+            "/moshpitd.peer.v1.PeerService/Transfer"
+        )()
         try:
             await call.write(opening)
             yield call
@@ -496,7 +498,9 @@ async def test_a_transfer_is_refused_to_whoever_is_not_that_member(
 async def test_a_transfer_that_is_never_opened_is_not_kept(house: Houses) -> None:
     ours = await house()
     async with grpc.aio.insecure_channel(ours.address) as channel:
-        call = channel.stream_stream("/moshpitd.peer.v1.PeerService/Transfer")()
+        call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(
+            "/moshpitd.peer.v1.PeerService/Transfer"
+        )()
         try:
             assert await ended(call)
         finally:
