@@ -246,7 +246,7 @@ def test_a_swarm_has_a_history_once_somebody_took_part_before() -> None:
     assert not swarm.members.has_history(5)
     swarm.see(2, k=5, last_k=5)
     assert not swarm.members.has_history(5)
-    swarm.see(2, k=5, last_k=4)
+    swarm.see(3, k=5, last_k=4)
     assert swarm.members.has_history(5)
 
 
