@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -66,8 +66,11 @@ class DriverConfig:
     """Jobs that read no more than this run on the event loop, some milliseconds at most; larger ones in a thread, where
     numpy lets the loop go. Threads cost a tenth of a round's processor time on a machine that has no core to spare."""
     announce_interval_s: float = 0.5
-    """A session's record is made known at most this often, the newest one. A trainer that averages faster than this
-    would otherwise spend more on the directory than on averaging."""
+    """In the long run a session's record is made known at most this often, the newest one. A trainer that averages
+    faster than this would otherwise spend more on the directory than on averaging."""
+    announce_burst: int = 6
+    """So many may come without a pause: a session that opens, hears of a plan and ends its first averaging must be
+    known at once, or newcomers would take a swarm that counts for one that begins."""
     threads: int = 2
     """For jobs. More than the machine has cores to spare only makes trainers slower."""
     dialable_patience_s: float = 3.0
@@ -378,9 +381,13 @@ class Driver:
         """Whether a trainer waits for an averaging."""
         return any(r.ending is not None and not r.ending.done() for r in self._running.values())
 
-    @property
-    def announce_interval_s(self) -> float:
-        return self._config.announce_interval_s
+    def announce_pause_s(self, announced_at: deque[float]) -> float:
+        """How long the next announcement has to wait, given when the last ones were; drops those that count no more."""
+        interval_s, burst = self._config.announce_interval_s, self._config.announce_burst
+        now = asyncio.get_running_loop().time()
+        while announced_at and announced_at[0] + burst * interval_s <= now:
+            announced_at.popleft()
+        return announced_at[0] + burst * interval_s - now if len(announced_at) >= burst else 0.0
 
     @property
     def directory(self) -> Directory:
@@ -414,7 +421,8 @@ class Running:
         self._waiting: dict[str, Announce] = {}
         """Per slot the announcement to make when the one in flight is over: the newest wins."""
         self._announcing: set[str] = set()
-        self._announce_next_at: dict[str, float] = {}
+        self._announced_at: defaultdict[str, deque[float]] = defaultdict(deque)
+        """Per slot when the last ones were made."""
         self._looking_up: set[Key] = set()
         self._stopped = False
 
@@ -527,13 +535,12 @@ class Running:
     async def _announce_all(self, slot: str) -> None:
         try:
             while slot in self._waiting:
-                pause_s = self._announce_next_at.get(slot, 0.0) - self._loop.time()
-                if pause_s > 0:
+                if (pause_s := self._driver.announce_pause_s(self._announced_at[slot])) > 0:
                     await asyncio.sleep(pause_s)
                 effect = self._waiting.pop(slot, None)
                 if effect is None:
                     return  # withdrawn meanwhile
-                self._announce_next_at[slot] = self._loop.time() + self._driver.announce_interval_s
+                self._announced_at[slot].append(self._loop.time())
                 kind, body = wire.record_kind(effect.record), wire.record_bytes(effect.record)
                 try:
                     roster = await self._driver.directory.announce(

@@ -115,6 +115,8 @@ class AllReduce:
         self._committed: tuple[Rank, ...] = ()
         self._dropped: dict[Rank, str] = {}
         self._suspected: dict[Rank, str] = {}
+        self._still: set[Rank] = set()
+        """Suspected for no progress only: with another view it may move again."""
         self._asked: Rank | None = None
         """Who owes us a view without those we suspect."""
 
@@ -538,31 +540,26 @@ class AllReduce:
             for beat in self._beats:
                 beat.restart(now)
             return
-        for rank in self._live:
-            if rank == self.rank:
-                continue
-            if self._opened and self.state is State.AGREEING and self._owes(rank):
+        owing = [rank for rank in self._live if rank != self.rank and self._owes(rank)]
+        for rank in owing:
+            if self._opened and self.state is State.AGREEING:
                 self._tell(rank, self._opened)  # its author may have died before it told everybody
-            if why := self._stopped(rank, now):
-                self._accuse(rank, why)
+            if (silent := now - self._beats[rank].heard_at) >= self._patience(rank):
+                self._accuse(rank, f"not heard from for {silent:.1f} s")
+        # One that stands still may itself wait for another: those that are known to be gone must fall first.
+        if self.state is State.EXCHANGING and self._suspected.keys().isdisjoint(self._live):
+            for rank in owing:
+                factor = 1 if self._owes_contribution(rank) and self._view == 0 else 2
+                if (still := now - self._beats[rank].moved_at) >= factor * self._patience(rank):
+                    self._accuse(rank, f"made no progress for {still:.1f} s")
+                    self._still.add(rank)
         self._seek_view(now)
 
-    def _stopped(self, rank: Rank, now: float) -> str:
-        """Why this member must be taken for stopped; empty while it moves or owes us nothing."""
-        if not self._owes(rank):
-            return ""
-        beat = self._beats[rank]
-        patience = max(
+    def _patience(self, rank: Rank) -> float:
+        return max(
             self._config.beats_missed_max * self._config.heartbeat_s,
-            self._config.slowest_chunk_factor * beat.slowest_chunk_s,
+            self._config.slowest_chunk_factor * self._beats[rank].slowest_chunk_s,
         )
-        silent, still = now - beat.heard_at, now - beat.moved_at
-        if silent >= patience:
-            return f"not heard from for {silent:.1f} s"
-        # A reducer may itself wait for a stopped contributor: that one must fall first.
-        if still >= patience * (1 if self._owes_contribution(rank) else 2) and self.state is State.EXCHANGING:
-            return f"made no progress for {still:.1f} s"
-        return ""
 
     def _owes(self, rank: Rank) -> bool:
         if rank == self._asked:
@@ -649,6 +646,9 @@ class AllReduce:
         self._live = tuple(sorted(view.live))
         self._able[self._view] = [rank for rank in self._live if self.group.members[rank].dialable]
         self._asked = None
+        for rank in self._still & set(self._live):
+            del self._suspected[rank]
+        self._still.clear()
         self._log(f"view {view.number}: {len(self._live)} of {len(self.group.members)} go on; {view.why}")
         if self.state is State.COMMITTED:  # nothing to take back: say what we hold, for those who still need it
             self._tell_live(Holdings(self.group.group_id, self._view, tuple(self._made_in)))

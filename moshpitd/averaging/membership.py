@@ -86,6 +86,7 @@ class Membership:
         self._min_peers = min_peers
         self._credentials = credentials
         self._opened_at = now
+        self._heard_over = -1
         self._known: dict[PeerId, Known] = {}
         self._suspects: dict[PeerId, tuple[Incarnation, int]] = {}
         self._gone: set[PeerId] = set()
@@ -215,7 +216,13 @@ class Membership:
 
     def has_history(self, before: int) -> bool:
         """Whether somebody else took part in an averaging before this one."""
-        return any(0 <= known.lease.last_k < before for known in self.others().values())
+        return 0 <= self._heard_over < before or any(
+            0 <= known.lease.last_k < before for known in self.others().values()
+        )
+
+    def heard_over(self, k: int) -> None:
+        """A leader told us that averaging k is over: whatever older leases say, this swarm already counts."""
+        self._heard_over = max(self._heard_over, k)
 
     # ---- plans
 

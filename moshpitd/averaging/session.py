@@ -856,6 +856,7 @@ class Session:
         if late and current.j == 0:
             assert matchmaking.now_k is not None
             self._next_k = max(self._next_k, matchmaking.now_k)
+            self._members.heard_over(matchmaking.now_k - 1)
             newcomer = self._last_k < 0 and current.call.epoch is None
             if newcomer and now < current.deadline:  # it cannot know what is open: the next one then
                 current.k = self._next_k
@@ -972,6 +973,8 @@ class Session:
         else:
             outcome = Outcome.PARTIAL
         if outcome is Outcome.ALONE and any(_weighs_nothing(r) for r in current.rounds):
+            # They did meet, and all fail alike: another try under the same key would be answered with the old group.
+            self._last_k, self._next_k = current.k, current.k + 1
             self._fail(InvalidInput("all weights in this averaging are 0: give at least one peer a positive weight"))
             return
         reasons = [f"round {r.round}: {r.why}" for r in current.rounds if r.why]

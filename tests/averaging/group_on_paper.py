@@ -271,7 +271,9 @@ class GroupOnPaper:
                 self._pull(rank, to)
             case Compute(job_id=job_id, job=job):
                 early = job() if self._rng.random() < 0.5 else None
-                self.at(self.now + self.delay() / 10, partial(self._end_job, rank, job_id, job, early))
+                self.at(
+                    self.now + self._rng.random() * self._latency_s[1], partial(self._end_job, rank, job_id, job, early)
+                )
             case Log(text=text):
                 self.log.append(f"{self.now:.3f} {rank}: {text}")
             case OpenStreams() | CloseStreams():

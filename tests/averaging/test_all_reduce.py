@@ -212,6 +212,8 @@ def test_a_member_that_never_came_costs_only_its_part() -> None:
     assert paper.committed == [0, 1, 3]
     assert all(ranks == {0, 1, 3} for rank in paper.committed for ranks in contributors(paper, rank))
     assert {dropped(paper, rank)[2] for rank in paper.committed} == {"the connection broke"}
+    for rank in paper.committed:
+        assert {line.reducer for line in paper.machines[rank].span_lines()} == {peer(0), peer(1), peer(3)}
     assert not any(machine.is_complete for machine in paper.machines.values())
     paper.check_promises()
 
@@ -295,6 +297,66 @@ def test_a_death_after_ready_to_some_splits_nobody(victim: int, told: int, notic
     assert len({paper.result(rank) for rank in survivors}) == 1
     assert not any("unconfirmed" in paper.machines[Rank(rank)].why for rank in survivors)
     paper.check_promises()
+
+
+def test_who_said_ready_to_all_and_died_is_still_missed_by_one_that_lacks_its_averages() -> None:
+    """The others need nothing more of it, but must not go on waiting for the one that does."""
+    paper = group_on_paper(4)
+    said = 0
+
+    def fate(sender: Rank, receiver: Rank, message: Message) -> bool:
+        nonlocal said
+        if sender == 3 and isinstance(message, Ready):
+            said += 1
+            if said == 3:
+                paper.at(paper.now + 0.2, partial(paper.kill, 3))
+        return not (sender == 3 and receiver == 2 and isinstance(message, Chunk) and message.is_average)
+
+    paper.fate = fate
+    paper.run()
+    assert [rank for rank in paper.committed if rank != 3] == [0, 1, 2]
+    assert not any("unconfirmed" in machine.why for machine in paper.machines.values())
+    assert paper.now < 30
+    paper.check_promises()
+
+
+@pytest.mark.parametrize(("committed", "waiting"), [(1, 2), (2, 1)])
+def test_who_committed_and_fell_quiet_is_not_taken_for_dead(committed: int, waiting: int) -> None:
+    """Two die without a sound, one of them with a view half told; the one that waits needs the one that is done."""
+    paper = group_on_paper(4)
+
+    def fate(sender: Rank, receiver: Rank, message: Message) -> bool:
+        if sender == 3 and isinstance(message, Ready):
+            paper.at(paper.now + 0.2, partial(paper.kill, 3, noticed=False))
+            return receiver == committed
+        if sender == 0 and isinstance(message, View):
+            paper.at(paper.now + 0.2, partial(paper.kill, 0, noticed=False))
+            return receiver == 1
+        return sender != 0 or not isinstance(message, Holdings)
+
+    paper.fate = fate
+    paper.run()
+    assert {committed, waiting} <= set(paper.committed)
+    assert paper.machines[Rank(committed)].is_complete
+    assert set(dropped(paper, waiting)) == {0, 3}
+    assert paper.result(committed) == paper.result(waiting)
+    assert paper.now < 30
+    paper.check_promises()
+
+
+def test_nobody_commits_before_all_are_ready_also_those_it_cannot_hear() -> None:
+    paper = group_on_paper(4, undialable=[2, 3])
+
+    def fate(sender: Rank, receiver: Rank, message: Message) -> bool:
+        if sender == 3 and isinstance(message, Ready):
+            paper.kill(3)
+        return 3 not in paper.dead or sender != 3
+
+    paper.fate = fate
+    paper.run()
+    assert paper.committed == [0, 1, 2]
+    assert {paper.machines[rank].live for rank in paper.committed} == {(0, 1, 2)}
+    assert len({paper.machines[rank].group_id for rank in paper.committed}) == 1
 
 
 @pytest.mark.parametrize("told", range(3))

@@ -140,7 +140,7 @@ def test_weights_that_are_all_zero_are_refused_to_everybody(four: list[Peer]) ->
 def average_with_newcomer(there: list[Trainer], newcomer: Trainer) -> list[moshpit_client.Receipt]:
     """The others do not know of it, so it has to be there first."""
     last = newcomer.average()
-    newcomer.peer.says(rf" {newcomer.session.name}: .* leads$")
+    newcomer.peer.says(rf" {newcomer.session.name}: round 1\.0 matching: .*leads$")
     return [*average_all(there), last.result(60)]
 
 
