@@ -53,6 +53,8 @@ from moshpitd.averaging.vector import Layout
 
 APPLICANTS_MAX = 4096
 """Joins kept for one key."""
+RESERVE_SHARE = 0.2
+"""At most this part of what a caller waits is kept in reserve."""
 HAILED = 0
 """The attempt number in an answer to a Hail; joins count from 1."""
 
@@ -71,6 +73,11 @@ class MatchmakingConfig:
     hail_after_s: float = 0.3
     """A leader that misses somebody for so long calls it, and so learns whether its daemon lives. Sooner finds the
     dead faster; later spares messages when trainers are just a little apart."""
+    lone_wait_s: float = 1.0
+    """One that came alone waits so long for others on its line that nobody expects: what we know of them may be old."""
+    reserve_s: float = 0.5
+    """A group is closed so long before its first caller's time is up, and the time for the data before that: less would
+    begin groups that cannot end in time."""
     late_window_s: float = 0.25
     """Late arrivals are kept so long for a second group before they are told that the round is closed."""
     begin_tries: int = 3
@@ -125,6 +132,10 @@ class Application:
     arrived_at: float
     wait_until: float
 
+    def close_by(self, data_time_s: float, reserve_s: float) -> float:
+        """When its group must be closed, so that there is time for the data and for agreeing on it."""
+        return self.wait_until - data_time_s - min(reserve_s, RESERVE_SHARE * (self.wait_until - self.arrived_at))
+
 
 class Matchmaking:
     """One daemon's part in finding the group of one key."""
@@ -162,7 +173,9 @@ class Matchmaking:
         self._hail_at: float | None = None
         self._hailed: set[PeerId] = set()
         self._excused: set[PeerId] = set()
-        """Expected, but past this round, as they told us."""
+        """Called, but past this round, as they told us."""
+        self._gone_on_k = 0
+        """The furthest of those."""
         self._callers: dict[PeerId, Candidate] = {}
         """Those that said they lead, whether our owner knows them or not."""
         self._turned_away = False
@@ -221,6 +234,8 @@ class Matchmaking:
                 self._part_with(sender)
                 if message.attempt == HAILED and sender in self._hailed:
                     self._excused.add(sender)
+                    self._gone_on_k = max(self._gone_on_k, message.now_k)
+                    self._close_if_due(now)
             case Kept():
                 self._receive_kept(message, sender, now)
             case Redirect():
@@ -523,7 +538,9 @@ class Matchmaking:
     def _closing_at(self) -> float:
         """When the group closes at the latest, as things stand."""
         assert self._first_arrival is not None
-        latest = min(a.wait_until - self._data_time_s(a.member) for a in self._applications.values())
+        latest = min(self._close_by(application) for application in self._applications.values())
+        if not self._missing():
+            return min(latest, self._first_arrival + self._config.lone_wait_s)
         own_trainer = self.round.me in self._expected or self.round.me in self._applications
         if len(self._applications) < 2 and own_trainer and not self._turned_away:
             return latest  # no group yet: its caller said how long it waits, and Hail finds out the dead
@@ -535,10 +552,18 @@ class Matchmaking:
         if self._closed or self.group or not self._applications or not self._leads():
             return
         missing = self._missing()
-        if missing and now < self._closing_at():
+        if now < self._closing_at() and (missing or (len(self._applications) < 2 and self._others())):
             return
         absent = tuple(Absent(peer, "was expected but did not come in time") for peer in missing)
         applications = sorted(self._applications.values(), key=lambda a: (a.arrived_at, a.member.peer))
+        hopeless = [a for a in applications if a.wait_until - self._data_time_s(a.member) <= now]
+        if 0 < len(hopeless) < len(applications):  # its caller is about to give up, or has: the others go without it
+            for application in hopeless:
+                del self._applications[application.member.peer]
+            self._turn_away(hopeless, "time ran out in matchmaking", now)
+            self._first_arrival = min(a.arrived_at for a in self._applications.values())
+            self._close_if_due(now)
+            return
         self._applications.clear()
         self._first_arrival = self._hail_at = None
         self._close(applications, absent, now)
@@ -548,7 +573,7 @@ class Matchmaking:
         if self._hail_at is None or now < self._hail_at or self._closed or self.group or not self._leads():
             return
         self._hail_at = now + self._config.rejoin_s
-        missing = set(self._missing()) - {self.round.me}
+        missing = set(self._missing() or self._others()) - {self.round.me}
         for candidate in self._candidates:
             if candidate.peer in missing:
                 self._hailed.add(candidate.peer)
@@ -573,6 +598,7 @@ class Matchmaking:
         if len(members) < 2 or not any(member.dialable for member in members):
             why = "nobody else came" if len(members) < 2 else "nobody in the group can be dialled"
             self.missed = tuple(one.peer for one in absent)
+            self._turned_away = True
             self._turn_away(applications, why, now)
             return
         self._closed_at = now
@@ -603,16 +629,15 @@ class Matchmaking:
             self._become_bound(group, now)
 
     def _turn_away(self, applications: list[Application], why: str, now: float) -> None:
-        """Too few for a group: each ends alone."""
-        self._turned_away = True
+        """No group for these: each ends alone."""
         for application in applications:
             if application.member.peer == self.round.me:
+                self.now_k = self._gone_on_k or None
                 self._become_ended(why, now)
             else:
                 to = Candidate(application.member.peer, application.member.address)
-                self._say(
-                    to, Closed(self.round.key, application.attempt, self.round.k, self.round.j, 0.0, self.round.k)
-                )
+                now_k = max(self.round.k, self._gone_on_k)
+                self._say(to, Closed(self.round.key, application.attempt, self.round.k, self.round.j, 0.0, now_k))
 
     def _answer_late(self, join: Join, now: float) -> None:
         for group in (self.group, *self._closed):
@@ -736,6 +761,11 @@ class Matchmaking:
     def _missing(self) -> list[PeerId]:
         return [peer for peer in self._expected if peer not in self._applications and peer not in self._excused]
 
+    def _others(self) -> list[PeerId]:
+        """Those of our line who might come, expected or not."""
+        silent = {self.round.me, *self._applications, *self._given_up, *self._excused}
+        return [candidate.peer for candidate in self._candidates if candidate.peer not in silent]
+
     def _leads_nobody(self) -> bool:
         return self.state is State.LEADING and self._applications.keys() <= {self.round.me}
 
@@ -749,6 +779,9 @@ class Matchmaking:
         """What the data of a round should take this member: twice the vector over its slower direction."""
         known = min(member.up_bytes_s, member.down_bytes_s)
         return 2 * self.round.layout.byte_size / (known or self._config.rate_assumed_bytes_s)
+
+    def _close_by(self, application: Application) -> float:
+        return application.close_by(self._data_time_s(application.member), self._config.reserve_s)
 
     def _address_of(self, peer: PeerId) -> Candidate:
         known = next((c for c in (self._target, self._standby, *self._candidates) if c and c.peer == peer), None)

@@ -31,8 +31,8 @@ from moshpitd.averaging.names import Incarnation, PeerId, digest
 
 MISSES_MAX = 2
 """Who was expected and missing in this many averagings running is not expected any more."""
-BEHIND_MAX = 8
-"""Nor is one whose own count is so far behind."""
+BEHIND_MAX = 64
+"""Nor is one whose own count is so far behind. Leases lag: of trainers that average in milliseconds by dozens."""
 PLANS_KEPT = 4
 PLANS_MET_MAX = 1024
 HOLES_TOLD_MAX = 64
@@ -156,6 +156,11 @@ class Membership:
         """It was expected and did not come."""
         if known := self._known.get(peer):
             known.misses += 1
+
+    def lags_behind(self, peer: PeerId, k: int) -> bool:
+        """Whether what we know of this peer, now seen in averaging k, is old."""
+        known = self._known.get(peer)
+        return known is None or known.lease.k + 1 < k
 
     def left(self, peer: PeerId) -> None:
         """It said farewell. Its record may still be around: a newer one is needed to believe in it again."""

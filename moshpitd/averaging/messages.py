@@ -157,10 +157,12 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """I no longer wait with you."""
+    """I no longer wait with you; or, in answer to a Hail, I am past this round."""
 
     key: Key
     attempt: int
+    now_k: int = 0
+    """In answer to a Hail: the averaging I am in or take part in next."""
 
 
 @dataclass(frozen=True, slots=True)

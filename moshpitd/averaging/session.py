@@ -269,6 +269,7 @@ class Session:
         self._offsets: deque[float] = deque(maxlen=128)
         self._deferred: deque[tuple[PeerId, Join]] = deque(maxlen=MATCHMAKINGS_MAX)
         self._terms_asked_at = -math.inf
+        self._looked_again_at = -math.inf
         self._holes_told_at = -1
         """The averaging in which we told the next decider whom the plan has lost."""
         self._effects: list[Effect] = []
@@ -785,6 +786,9 @@ class Session:
         return grace_from(list(self._offsets), factor=self._config.grace_factor, floor_s=self._config.grace_floor_s)
 
     def _receive_join(self, join: Join, sender: PeerId, now: float) -> None:
+        if self._members.lags_behind(join.applicant.peer, join.k) and now >= self._looked_again_at + 1.0:
+            self._looked_again_at = now  # while our trainer computes for long, others go on unseen
+            self._effects.append(LookUp(self.key))
         plan = self._members.plan_with(join.plan)
         in_force = self._members.plan_for(join.k)
         ours = in_force.version if in_force else 0
@@ -828,7 +832,11 @@ class Session:
     def _receive_hail(self, hail: Hail, sender: PeerId, now: float) -> None:
         matchmaking = self._matchmakings.get(hail.key)
         if self._is_past(hail.k, hail.j) and (matchmaking is None or matchmaking.group is None):
-            self._tell(sender, self._members.address_of(sender), Leave(hail.key, HAILED))
+            self._tell(
+                sender,
+                self._members.address_of(sender),
+                Leave(hail.key, HAILED, self._current.k if self._current else self._next_k),
+            )
         elif matchmaking is not None:
             matchmaking.receive(hail, sender, now)
 

@@ -455,6 +455,43 @@ def test_3_one_that_is_past_the_round_says_so_to_a_hail_and_is_not_waited_for() 
     assert [m.peer for m in seat.machine.group.members] == [ANN, BEN]
 
 
+def test_3_a_leader_whose_whole_line_went_on_goes_on_after_it() -> None:
+    seat = table(ANN, expected=(BEN, CAT))
+    seat.seek()
+    seat.wait(CONFIG.hail_after_s)
+    seat.hear(Leave(LINE, HAILED, now_k=9), BEN)
+    assert seat.machine.state is State.LEADING
+
+    seat.hear(Leave(LINE, HAILED, now_k=12), CAT)
+    seat.hear(Leave(LINE, HAILED, now_k=12), DAN)  # was not called, so it does not matter
+    for other in (DAN, EVA):
+        seat.machine.peer_lost(other, "could not be dialled", seat.now)
+
+    assert seat.machine.state is State.ENDED
+    assert seat.machine.now_k == 12
+
+
+def test_3_a_lone_applicant_waits_a_little_for_those_that_nobody_expects() -> None:
+    """The leader's trainer was away for long: what it knows of the others is old."""
+    seat = table(ANN, expected=())
+    seat.hear(join_of(BEN), BEN)
+    assert seat.machine.group is None and not seat.said(Closed)
+    seat.wait(CONFIG.lone_wait_s / 2)
+    assert not seat.said(Closed)
+
+    seat.hear(join_of(CAT), CAT)
+
+    assert len(seat.said(Begin)) == 2
+
+
+def test_3_a_lone_applicant_that_stays_alone_is_told_soon() -> None:
+    seat = table(ANN, expected=())
+    seat.hear(join_of(BEN), BEN)
+    seat.wait(CONFIG.lone_wait_s)
+    (told,) = seat.said(Closed, BEN)
+    assert told.now_k == 4
+
+
 # ---- 4. one-way links
 
 
@@ -576,7 +613,7 @@ def test_5_without_earlier_arrivals_half_of_the_callers_time_is_waited() -> None
 
     seat.wait_until(lambda: seat.machine.group is not None)
 
-    assert seat.now == pytest.approx(5.0, abs=0.01)
+    assert seat.now == pytest.approx((10.0 - CONFIG.reserve_s) / 2, abs=0.01)
 
 
 def test_5_one_alone_waits_for_a_second_to_the_deadline() -> None:
@@ -598,7 +635,7 @@ def test_5_nobody_at_the_deadline_ends_it_and_says_who_was_missed() -> None:
 
     seat.wait_until(lambda: seat.machine.state is State.ENDED)
 
-    assert seat.now == pytest.approx(10.0, abs=0.01)
+    assert seat.now == pytest.approx(10.0 - CONFIG.reserve_s, abs=0.01)
     assert seat.machine.why == "nobody else came"
     assert set(seat.machine.missed) == {BEN, CAT}
 
@@ -666,6 +703,21 @@ def test_6_one_whose_time_is_too_short_for_the_data_is_told_both_numbers() -> No
     assert answer.needed_s == pytest.approx(2 * LAYOUT.byte_size / 1000.0)
 
 
+def test_6_one_whose_time_is_over_does_not_draw_others_into_a_group_without_time() -> None:
+    """Its Leave is still on the way when the next one comes."""
+    seat = table(ANN, expected=(ANN, CAT), grace_s=60.0)
+    seat.hear(join_of(BEN, wait_s=5.0), BEN)
+    seat.now = 5.0
+
+    seat.seek()
+
+    assert seat.machine.state is State.LEADING
+    assert len(seat.said(Closed, BEN)) == 1
+    seat.hear(join_of(CAT), CAT)
+    assert seat.machine.group is not None
+    assert [m.peer for m in seat.machine.group.members] == [ANN, CAT]
+
+
 def test_6_the_one_that_is_told_ends_with_both_numbers() -> None:
     seat = waiting_with(ANN, CAT)
 
@@ -698,7 +750,7 @@ def test_6_it_closes_while_the_most_hurried_still_has_time_for_the_data() -> Non
 
     seat.wait_until(lambda: seat.machine.group is not None)
 
-    assert seat.now == pytest.approx(3.0)
+    assert seat.now == pytest.approx(3.0 - CONFIG.reserve_s)
 
 
 # ---- 7. begin, second groups, who leads

@@ -198,7 +198,7 @@ def test_sessions_that_find_each_other_one_by_one_are_exact_after_the_first_plan
         for peer in peers:
             trainers.put_to_work(peer)
 
-        swarm.run_for(10.0)
+        swarm.run_for(20.0)
 
         assert trainers.error_of(trainers.last_k()) < 1e-6, seed
 
@@ -384,6 +384,18 @@ def test_a_newcomer_may_choose_to_contribute_at_once() -> None:
     first = newcomer.endings[0].told
     assert not first.joined
     assert all(newcomer.id in span.contributors for span in first.rounds[0].spans)
+
+
+def test_a_newcomer_whose_trainer_stops_does_not_hold_the_others_up() -> None:
+    """It may be the one that leads, and knows the others only as they were long ago."""
+    for seed in range(8):
+        swarm, peers = swarm_of(3, seed=seed)
+        average(swarm, peers)
+        newcomer = swarm.open("newcomer", options_for(np.zeros(ELEMENTS, np.float32), joining="contribute"))
+        swarm.average({newcomer: (packed(np.ones(ELEMENTS, np.float32)), Call(timeout_s=1.5))}, limit_s=3.0)
+        for _ in range(30):
+            story = average(swarm, peers, apart_s=0.001)
+            assert Outcome.ALONE not in story.outcomes, seed
 
 
 def test_a_late_joiner_doubles_up_and_nobody_else_moves() -> None:

@@ -97,9 +97,10 @@ def test_a_daemon_that_stands_still_is_left_out_and_comes_back(swarm: Swarm) -> 
     peers = swarm.start(4)
     with trainers(peers, large, min_peers=3) as there:
         settle(there)
-        frozen, said = peers[1].id, len(peers[1].lines)
+        frozen, said = peers[1].id, [len(peer.lines) for peer in peers]
         futures = [trainer.average() for trainer in there]
-        peers[1].says(REDUCING, said)
+        for peer, lines in zip(peers, said, strict=True):
+            peer.says(REDUCING, lines)
         peers[1].signal(signal.SIGSTOP)
         receipts = [futures[index].result(60) for index in (0, 2, 3)]
         assert {receipt.outcome for receipt in receipts} == {"partial"}

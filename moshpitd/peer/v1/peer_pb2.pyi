@@ -510,19 +510,23 @@ class Leave(_message.Message):
 
     KEY_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    NOW_K_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     """The round's grid key."""
     attempt: _builtins.int
-    """The attempt that ends."""
+    """The attempt that ends; 0 in an answer to a Hail, whose round the sender is past."""
+    now_k: _builtins.int
+    """In an answer to a Hail: the averaging the sender is in or takes part in next."""
     def __init__(
         self,
         *,
         key: _builtins.bytes = ...,
         attempt: _builtins.int = ...,
+        now_k: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "key", b"key", "now_k", b"now_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
