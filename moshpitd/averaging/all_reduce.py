@@ -90,7 +90,9 @@ class AllReduce:
         codec: Codec,
         config: AllReduceConfig,
         now: float,
+        deadline: float = math.inf,
     ) -> None:
+        """`deadline`: when our own caller's time is up; the group's budget may end a message's way later."""
         self.group = group
         self.rank = rank
         self.state = State.EXCHANGING
@@ -145,7 +147,7 @@ class AllReduce:
         """Of a view we have not heard of yet."""
         self._digest = b""
 
-        self._deadline = now + group.budget_s
+        self._deadline = min(now + group.budget_s, deadline)
         self._next_beat = now + config.heartbeat_s
         self._beats = [Progress(now) for _ in range(n)]
         self._emit(OpenStreams(group, rank))
@@ -178,6 +180,10 @@ class AllReduce:
     def idle(self) -> bool:
         """No job of ours runs any more: buffers may go."""
         return not self._jobs
+
+    def may_write_to(self, vector: Vector) -> bool:
+        """Whether it is our result and not yet let go."""
+        return vector is self._result and not (self.finished and self.idle)
 
     @property
     def digest(self) -> bytes:
@@ -236,16 +242,20 @@ class AllReduce:
                     self._tell(sender, self._opened)  # the author of our view did not live to tell it
             case View():
                 self._receive_view(message, sender, now)
-            case Ready(view=view) | Holdings(view=view) if view > self._view:
-                self._keep_early(message, sender)
             case Holdings(view=view, views=views):
                 if len(views) != len(self._pieces):
                     raise RemoteProtocolError(f"holdings of {len(views)} chunks, there are {len(self._pieces)}")
-                if view == self._view and sender in self._live:
+                if not all(NOT_HELD <= made_in < view for made_in in views):
+                    raise RemoteProtocolError(f"holdings in view {view} of what was made later")
+                if view > self._view:
+                    self._keep_early(message, sender)
+                elif view == self._view and sender in self._live:
                     self._holdings[sender] = views
                     self._assign_if_agreed(now)
             case Ready(view=view, digest=their_digest):
-                if view == self._view and sender in self._live:
+                if view > self._view:
+                    self._keep_early(message, sender)
+                elif view == self._view and sender in self._live:
                     self._ready[sender] = their_digest
                     self._commit_if_all_ready()
             case _:
@@ -255,6 +265,8 @@ class AllReduce:
         """A chunk of the sender's stream. Raises RemoteProtocolError for nonsense."""
         if not 0 <= chunk.index < len(self._pieces):
             raise RemoteProtocolError(f"chunk {chunk.index} of {len(self._pieces)}")
+        if len(chunk.payload) > (size := self._payload_bytes(chunk)):  # it may be kept for long
+            raise RemoteProtocolError(f"chunk {chunk.index} with {len(chunk.payload)} bytes instead of {size}")
         self.bytes_received += len(chunk.payload)
         beat = self._beats[sender]
         beat.heard(now)
@@ -345,6 +357,12 @@ class AllReduce:
         else:
             del self._encoded[index]
         return Outgoing(header(), lambda: code)
+
+    def _payload_bytes(self, chunk: Chunk) -> int:
+        piece = self._pieces[chunk.index]
+        if chunk.is_average and chunk.decoded:
+            return piece.byte_size
+        return self._codec.encoded_bytes(DTYPES[piece.dtype], piece.stop - piece.start)
 
     def _contribution_received(self, chunk: Chunk, sender: Rank) -> None:
         index = chunk.index

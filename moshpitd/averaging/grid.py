@@ -24,6 +24,10 @@ Cell = tuple[int, ...]
 """A peer's place on the grid: one coordinate an axis."""
 
 PROTOCOL_VERSION = 1
+PLAN_VERSION_MAX = 1 << 31
+WEIGHT_MAX = 1e30
+"""Of a trainer. Sums of weights stay finite."""
+CARRIED_WEIGHT_MAX = 1e3 * WEIGHT_MAX
 AXES_MAX = 12
 OVERFULL = 1.25
 """A group with doubled cells may pass the size limit by this factor."""
@@ -106,7 +110,7 @@ class Plan:
             1 <= len(self.sides) <= AXES_MAX
             and all(side >= 1 for side in self.sides)
             and 1 <= math.prod(self.sides) <= len(self.roster)
-            and self.version >= 1
+            and 1 <= self.version <= PLAN_VERSION_MAX
             and self.first_k >= 0
             and list(self.roster) == sorted(set(self.roster))
         )

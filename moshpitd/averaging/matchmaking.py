@@ -28,7 +28,7 @@ from typing import assert_never
 
 from moshpitd.averaging.effects import Effect, Log, Send
 from moshpitd.averaging.errors import RemoteProtocolError
-from moshpitd.averaging.grid import Cell, leadership
+from moshpitd.averaging.grid import AXES_MAX, CARRIED_WEIGHT_MAX, Cell, leadership
 from moshpitd.averaging.messages import (
     Absent,
     Address,
@@ -55,6 +55,10 @@ APPLICANTS_MAX = 4096
 """Joins kept for one key."""
 RESERVE_SHARE = 0.2
 """At most this part of what a caller waits is kept in reserve."""
+UNREACHABLE_TOLD_MAX = 64
+"""In a join, the first of those its sender could not reach."""
+CALLERS_MAX = 64
+"""Of those who say that they lead and whom nobody else told us of."""
 HAILED = 0
 """The attempt number in an answer to a Hail; joins count from 1."""
 
@@ -148,7 +152,9 @@ class Matchmaking:
         self.why = ""
         """Why there is none, once ENDED."""
         self.now_k: int | None = None
-        """What one that told us Closed goes by."""
+        """Where those who are past this round can be met, once they told us."""
+        self.they_wait = False
+        """... and they wait there now."""
         self.missed: tuple[PeerId, ...] = ()
         """Who was expected when we found nobody."""
         self.declined: list[tuple[PeerId, str]] = []
@@ -159,6 +165,7 @@ class Matchmaking:
         self._candidates: list[Candidate] = []
         self._expected: tuple[PeerId, ...] = ()
         self._grace_s: float | None = None
+        self._coming = False
         self._given_up: dict[PeerId, str] = {}
         self._heard_leading: dict[PeerId, Address] = {}
 
@@ -175,9 +182,15 @@ class Matchmaking:
         self._excused: set[PeerId] = set()
         """Called, but past this round, as they told us."""
         self._gone_on_k = 0
-        """The furthest of those."""
+        """Where the furthest of those can be met."""
+        self._gone_on_wait = False
+        """... and wait there now."""
+        self._may_follow = False
+        """Our caller named no averaging: it may as well go on to a later one."""
         self._callers: dict[PeerId, Candidate] = {}
         """Those that said they lead, whether our owner knows them or not."""
+        self._forgiven: set[PeerId] = set()
+        """Callers that we had given up, and tried once more."""
         self._turned_away = False
         """Somebody waited here in vain for a second member: the next one waits for the grace only."""
         self._unacknowledged: dict[PeerId, int] = {}
@@ -195,18 +208,28 @@ class Matchmaking:
     # ---- commands
 
     def update(
-        self, candidates: list[Candidate], expected: tuple[PeerId, ...], grace_s: float | None, now: float
+        self,
+        candidates: list[Candidate],
+        expected: tuple[PeerId, ...],
+        grace_s: float | None,
+        now: float,
+        *,
+        coming: bool = False,
     ) -> None:
-        """Who could lead (in any order, ourselves only if dialable), who is waited for, how long after the first."""
+        """Who could lead (in any order, ourselves only if dialable), who is waited for, how long after the first.
+        `coming`: our own trainer is in an earlier round of this averaging."""
         self._order_candidates(candidates)
         self._expected = expected
+        self._coming = coming
         self._grace_s = grace_s
         self._settle(now)
 
-    def seek(self, mine: Member, wait_s: float, now: float) -> None:
-        """Our trainer is here; it waits so long for this round."""
+    def seek(self, mine: Member, wait_s: float, now: float, *, may_follow: bool = False) -> None:
+        """Our trainer is here; it waits so long for this round. `may_follow`: if all others are past it and wait in a
+        later averaging, it goes there rather than into a group of those left behind."""
         assert self.state is State.KEEPING
         self._mine = mine
+        self._may_follow = may_follow
         self._wait_until = now + wait_s
         if self._closed:
             assert self._closed_at is not None
@@ -221,6 +244,19 @@ class Matchmaking:
         if self.state in (State.APPLYING, State.WAITING, State.LEADING):
             self._become_ended(why, now)
 
+    def go_on_to(self, k: int, now: float) -> None:
+        """Others wait in a later averaging: leave this round for it, and send there who applied here."""
+        if self.state not in (State.APPLYING, State.WAITING, State.LEADING):
+            return
+        self._hear_of_later(k, waiting=True)
+        applications = list(self._applications.values())
+        if self.state is State.LEADING:
+            self._applications.clear()
+            self._turn_away(applications, f"others wait in averaging {k}", now)
+        else:
+            self.now_k, self.they_wait = k, True
+            self._become_ended(f"others wait in averaging {k}", now)
+
     # ---- inputs
 
     def receive(self, message: MatchmakingMessage, sender: PeerId, now: float) -> None:
@@ -234,7 +270,7 @@ class Matchmaking:
                 self._part_with(sender)
                 if message.attempt == HAILED and sender in self._hailed:
                     self._excused.add(sender)
-                    self._gone_on_k = max(self._gone_on_k, message.now_k)
+                    self._hear_of_later(message.now_k, message.waiting)
                     self._close_if_due(now)
             case Kept():
                 self._receive_kept(message, sender, now)
@@ -250,10 +286,10 @@ class Matchmaking:
                     )
             case Closed():
                 if message.attempt == self._attempt and self._is_seeking_with(sender):
-                    self.now_k = message.now_k
+                    self.now_k, self.they_wait = message.now_k, message.waiting
                     self._become_ended(f"averaging {message.k} closed {message.closed_s_ago:.1f} s ago", now)
                 elif message.attempt == HAILED and sender in self._hailed and self._leads_nobody():
-                    self.now_k = message.now_k
+                    self.now_k, self.they_wait = message.now_k, message.waiting
                     self._become_ended(f"averaging {message.k} closed {message.closed_s_ago:.1f} s ago without us", now)
             case Begin(group=group):
                 self._receive_begin(group, sender, now)
@@ -309,6 +345,10 @@ class Matchmaking:
         return effects
 
     # ---- what the owner reads
+
+    def applicants(self) -> set[PeerId]:
+        """Others whose joins are kept here."""
+        return {*self._applications, *self._parked} - {self.round.me}
 
     def waiting_for(self) -> str:
         """In words, for the trainer."""
@@ -377,7 +417,7 @@ class Matchmaking:
     def _send_join(self, to: Candidate, now: float) -> None:
         assert self._mine is not None
         self._next_join = now + self._config.rejoin_s
-        unreachable = tuple(c.peer for c in self._candidates if c.peer in self._given_up)
+        unreachable = tuple(c.peer for c in self._candidates if c.peer in self._given_up)[:UNREACHABLE_TOLD_MAX]
         self._say(
             to,
             Join(
@@ -441,13 +481,14 @@ class Matchmaking:
         if (
             rank is None
             or (group.rank_of(sender) is None and sender != group.leader)
-            or group.members[rank].incarnation != self.round.incarnation
             or (group.k, group.j, group.axis) != (self.round.k, self.round.j, self.round.axis)
             or not is_sound(group, self.round.layout)
         ):
             raise RemoteProtocolError(f"{short(sender)} began an impossible group")
         leader = self._address_of(sender)
-        if self.group is not None and self.group.group_id == group.group_id:
+        if group.members[rank].incarnation != self.round.incarnation:
+            self._say(leader, Bound(self.round.key, group.group_id, "was started anew since it joined"))
+        elif self.group is not None and self.group.group_id == group.group_id:
             self._say(leader, Begun(self.round.key, group.group_id))
         elif self.state in (State.APPLYING, State.WAITING, State.LEADING):
             self._say(leader, Begun(self.round.key, group.group_id))
@@ -463,7 +504,7 @@ class Matchmaking:
 
     def _receive_join(self, join: Join, sender: PeerId, now: float) -> None:
         applicant = join.applicant.peer
-        if (sender != applicant) != join.passed_on or applicant == self.round.me:
+        if (sender != applicant) != join.passed_on or applicant == self.round.me or not join_is_sound(join):
             raise RemoteProtocolError(f"{short(sender)} sent a join of {short(applicant)}")
         if self._closed or self.group:
             self._answer_late(join, now)
@@ -544,6 +585,8 @@ class Matchmaking:
         own_trainer = self.round.me in self._expected or self.round.me in self._applications
         if len(self._applications) < 2 and own_trainer and not self._turned_away:
             return latest  # no group yet: its caller said how long it waits, and Hail finds out the dead
+        if self._coming and self.state is State.KEEPING:
+            return latest  # we shall be there as soon as the round before is over
         if self._grace_s is None:  # nobody knows yet how far apart trainers arrive
             return self._first_arrival + max(0.0, latest - self._first_arrival) / 2
         return min(latest, self._first_arrival + self._grace_s)
@@ -556,12 +599,16 @@ class Matchmaking:
             return
         absent = tuple(Absent(peer, "was expected but did not come in time") for peer in missing)
         applications = sorted(self._applications.values(), key=lambda a: (a.arrived_at, a.member.peer))
-        hopeless = [a for a in applications if a.wait_until - self._data_time_s(a.member) <= now]
-        if 0 < len(hopeless) < len(applications):  # its caller is about to give up, or has: the others go without it
+        if not missing and self._may_follow and self._gone_on_wait and self.state is State.LEADING:
+            self._applications.clear()
+            self._turn_away(applications, f"the others are in averaging {self._gone_on_k}", now)
+            return
+        hopeless = [application for application in applications if self._is_hopeless(application, now)]
+        if hopeless:  # the others go without it
             for application in hopeless:
                 del self._applications[application.member.peer]
+            self._first_arrival = min((a.arrived_at for a in self._applications.values()), default=None)
             self._turn_away(hopeless, "time ran out in matchmaking", now)
-            self._first_arrival = min(a.arrived_at for a in self._applications.values())
             self._close_if_due(now)
             return
         self._applications.clear()
@@ -585,7 +632,13 @@ class Matchmaking:
         if self._closed or self.group:
             self._say(caller, self._closed_answer(HAILED, now))
             return
-        self._given_up.pop(sender, None)
+        if sender in self._given_up:
+            if sender in self._forgiven:
+                return  # it calls and does not answer
+            self._forgiven.add(sender)
+            del self._given_up[sender]
+        if len(self._callers) >= CALLERS_MAX and sender not in self._callers:
+            return
         self._callers[sender] = caller
         self._order_candidates(self._candidates)
         ours = self._target and leadership(self.round.key, self._target.peer)
@@ -617,6 +670,7 @@ class Matchmaking:
             budget_s=min(a.wait_until for a in applications) - now,
             absent=absent,
             arrival_offsets_s=tuple(a.arrived_at - first for a in applications),
+            now_k=self._gone_on_k,
         )
         self._closed.append(group)
         self._log(f"closed a group of {len(members)}" + (f", {len(absent)} expected did not come" if absent else ""))
@@ -632,12 +686,12 @@ class Matchmaking:
         """No group for these: each ends alone."""
         for application in applications:
             if application.member.peer == self.round.me:
-                self.now_k = self._gone_on_k or None
+                self.now_k, self.they_wait = self._gone_on_k or None, self._gone_on_wait
                 self._become_ended(why, now)
             else:
                 to = Candidate(application.member.peer, application.member.address)
-                now_k = max(self.round.k, self._gone_on_k)
-                self._say(to, Closed(self.round.key, application.attempt, self.round.k, self.round.j, 0.0, now_k))
+                k, j, now_k = self.round.k, self.round.j, max(self.round.k, self._gone_on_k)
+                self._say(to, Closed(self.round.key, application.attempt, k, j, 0.0, now_k, self._gone_on_wait))
 
     def _answer_late(self, join: Join, now: float) -> None:
         for group in (self.group, *self._closed):
@@ -660,10 +714,12 @@ class Matchmaking:
         if not self._late or now < self._late_until:
             return
         late = sorted(self._late.values(), key=lambda a: (a.arrived_at, a.member.peer))
+        late = [application for application in late if not self._is_hopeless(application, now)]
         self._late.clear()
         if len(late) > 1 and any(a.member.dialable for a in late):
             closed_at = self._closed_at
-            self._close(late, (), now)
+            earlier = {member.peer for group in self._closed for member in group.members}
+            self._close(late, tuple(Absent(peer, "was in an earlier group") for peer in sorted(earlier)), now)
             self._closed_at = closed_at
             return
         for application in late:
@@ -761,6 +817,11 @@ class Matchmaking:
     def _missing(self) -> list[PeerId]:
         return [peer for peer in self._expected if peer not in self._applications and peer not in self._excused]
 
+    def _hear_of_later(self, k: int, waiting: bool) -> None:
+        if k >= self._gone_on_k:
+            self._gone_on_wait = waiting or (self._gone_on_wait and k == self._gone_on_k)
+            self._gone_on_k = k
+
     def _others(self) -> list[PeerId]:
         """Those of our line who might come, expected or not."""
         silent = {self.round.me, *self._applications, *self._given_up, *self._excused}
@@ -780,6 +841,10 @@ class Matchmaking:
         known = min(member.up_bytes_s, member.down_bytes_s)
         return 2 * self.round.layout.byte_size / (known or self._config.rate_assumed_bytes_s)
 
+    def _is_hopeless(self, application: Application, now: float) -> bool:
+        """Its caller is about to give up, or has."""
+        return application.wait_until - self._data_time_s(application.member) <= now
+
     def _close_by(self, application: Application) -> float:
         return application.close_by(self._data_time_s(application.member), self._config.reserve_s)
 
@@ -797,14 +862,23 @@ class Matchmaking:
         self._effects.append(Log(f"round {self.round.k}.{self.round.j} matching: {text}"))
 
 
+def join_is_sound(join: Join) -> bool:
+    """Whether one that joins can be a member: a group with an impossible member is refused by all the others."""
+    return (
+        0 <= join.applicant.weight <= CARRIED_WEIGHT_MAX
+        and len(join.unreachable) <= UNREACHABLE_TOLD_MAX
+        and len(join.cell) <= AXES_MAX
+    )
+
+
 def is_sound(group: Group, layout: Layout) -> bool:
     """Whether a group from outside hangs together: ordered members, spans that cover the vector, a sane budget."""
     order = [(member.coordinate, member.peer) for member in group.members]
     return (
-        len(group.members) >= 2
+        2 <= len(group.members) <= APPLICANTS_MAX
         and order == sorted(set(order))
         and len({member.peer for member in group.members}) == len(group.members)
-        and all(member.weight >= 0 for member in group.members)
+        and all(0 <= member.weight <= CARRIED_WEIGHT_MAX for member in group.members)
         and len(group.spans) == len(group.members) + 1
         and group.spans[0] == 0
         and group.spans[-1] == layout.elements
@@ -826,4 +900,14 @@ def grace_from(offsets_s: list[float], *, factor: float, floor_s: float) -> floa
     return max(floor_s, median + factor * deviations[len(deviations) // 2])
 
 
-__all__ = ["Candidate", "Matchmaking", "MatchmakingConfig", "Rank", "Round", "State", "grace_from", "is_sound"]
+__all__ = [
+    "Candidate",
+    "Matchmaking",
+    "MatchmakingConfig",
+    "Rank",
+    "Round",
+    "State",
+    "grace_from",
+    "is_sound",
+    "join_is_sound",
+]

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from moshpitd.averaging.grid import (
     FIRST_K_LEAD,
+    PLAN_VERSION_MAX,
     Cell,
     Loads,
     Plan,
@@ -40,6 +41,8 @@ UNSEEN_S = 60.0
 """Who stands in a plan's roster but was never seen here is believed to be there for so long: rosters come piecemeal,
 and a plan made by one who saw more is no reason for another plan."""
 LEASES_MAX = 8192
+PLAN_PATIENCE_S = 10.0
+"""Who announces a plan newer than ours is believed for so long without showing it: then the swarm plans without it."""
 
 
 class Credentials(Protocol):
@@ -63,6 +66,8 @@ class Known:
     opened_at: float
     """By our own clock."""
     misses: int = 0
+    newer_plan_since: float = -math.inf
+    """Since when it announces a plan that we do not have."""
 
 
 class Membership:
@@ -117,6 +122,9 @@ class Membership:
         if known is None and len(self._known) >= LEASES_MAX:
             return
         misses = known.misses if known and known.lease.last_k >= lease.last_k else 0
+        version = self._plans[-1].plan.version if self._plans else 0
+        newer_before = known is not None and known.lease.plan_version > version
+        newer_plan_since = known.newer_plan_since if known and newer_before else now
         if known and known.incarnation == sighting.incarnation and known.lease.terms == lease.terms:
             # It was announced a while ago; we may have met it since. Counts never go back.
             counts = (max(known.lease.k, lease.k), max(known.lease.last_k, lease.last_k))
@@ -128,6 +136,7 @@ class Membership:
             now + sighting.ttl_s,
             now - lease.open_s,
             misses,
+            newer_plan_since,
         )
 
     def expire(self, now: float) -> None:
@@ -270,10 +279,14 @@ class Membership:
         self._plans_seen_at = {n.plan.digest: self._plans_seen_at.get(n.plan.digest, now) for n in self._plans}
         return notice in self._plans
 
-    def unknown_plan_holder(self) -> PeerId | None:
-        """Somebody who announces a plan newer than ours."""
+    def unknown_plan_holder(self, now: float) -> PeerId | None:
+        """Somebody who announces a plan newer than ours, and may yet tell us."""
         version = self._plans[-1].plan.version if self._plans else 0
-        newer = {peer: k.lease.plan_version for peer, k in self.others().items() if k.lease.plan_version > version}
+        newer = {
+            peer: known.lease.plan_version
+            for peer, known in self.others().items()
+            if known.lease.plan_version > version and now < known.newer_plan_since + PLAN_PATIENCE_S
+        }
         return min(newer, key=lambda peer: (-newer[peer], peer), default=None)
 
     def strange_plan_holder(self) -> PeerId | None:
@@ -294,7 +307,9 @@ class Membership:
     def make_plan_if_due(self, k: int, now: float) -> PlanNotice | None:
         """A new plan when one is needed and it is ours to make. `k`: the averaging we are in or take part in next."""
         newest = self.newest_plan()
-        if self.next_decider() != self._me or self.unknown_plan_holder() is not None:
+        if self.next_decider() != self._me or self.unknown_plan_holder(now) is not None:
+            return None
+        if newest and newest.plan.version >= PLAN_VERSION_MAX:
             return None
         others = self.others()
         roster = tuple(sorted([self._me, *others]))
@@ -311,7 +326,9 @@ class Membership:
             newest and newest.plan.sides == sides and set(newest.plan.roster) == set(roster)
         ):
             return None
-        current = max([k, *(known.lease.k for known in others.values())])
+        # The fastest, not one that is where nobody can be: the plan would never begin, and no other be made.
+        reached = max(k, self.current_k()) + BEHIND_MAX
+        current = max([k, *(known.lease.k for known in others.values() if known.lease.k <= reached)])
         plan = Plan(
             version=newest.plan.version + 1 if newest else 1,
             sides=sides,

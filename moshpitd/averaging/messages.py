@@ -123,6 +123,8 @@ class Group:
     absent: tuple[Absent, ...]
     arrival_offsets_s: tuple[float, ...]
     """How long after the first arrival each of the members came: everybody learns the same grace from it."""
+    now_k: int = 0
+    """The furthest averaging in which others of the line, past this one, said that they can be met; 0: nobody did."""
 
     def rank_of(self, peer: PeerId) -> Rank | None:
         for rank, member in enumerate(self.members):
@@ -162,7 +164,9 @@ class Leave:
     key: Key
     attempt: int
     now_k: int = 0
-    """In answer to a Hail: the averaging I am in or take part in next."""
+    """In answer to a Hail: the averaging in which I can be met."""
+    waiting: bool = False
+    """... and I wait there now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +212,9 @@ class Closed:
     j: int
     closed_s_ago: float
     now_k: int
-    """The averaging the sender is in or takes part in next."""
+    """The averaging in which the sender can be met."""
+    waiting: bool = False
+    """... and it waits there now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,9 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import assert_never
 
@@ -34,10 +36,18 @@ from moshpitd.averaging.errors import (
     SessionError,
     Unavailable,
 )
-from moshpitd.averaging.grid import Cell, Plan, Terms, carried_weight, grid_key, session_key
-from moshpitd.averaging.matchmaking import HAILED, Candidate, Matchmaking, MatchmakingConfig, Round, grace_from
+from moshpitd.averaging.grid import WEIGHT_MAX, Cell, Plan, Terms, carried_weight, grid_key, session_key
+from moshpitd.averaging.matchmaking import (
+    HAILED,
+    Candidate,
+    Matchmaking,
+    MatchmakingConfig,
+    Round,
+    grace_from,
+    join_is_sound,
+)
 from moshpitd.averaging.matchmaking import State as MatchmakingState
-from moshpitd.averaging.membership import HOLES_TOLD_MAX, Credentials, Membership
+from moshpitd.averaging.membership import BEHIND_MAX, HOLES_TOLD_MAX, Credentials, Membership
 from moshpitd.averaging.messages import (
     Address,
     Begin,
@@ -77,7 +87,12 @@ TIMEOUT_DEFAULT_S = 60.0
 LONELY_WAIT_DEFAULT_S = 1.0
 MATCHMAKINGS_MAX = 64
 REDUCTIONS_MAX = 16
-EARLY_MESSAGES_MAX = 256
+EARLY_MESSAGES_MAX = 1024
+"""Kept of groups we have not heard of."""
+EARLY_OF_ONE_MAX = 16
+"""... of one sender: who says more forgets only its own."""
+EARLY_VIEWS_MAX = 1 << 13
+"""... and in one message."""
 TENSORS_TOLD_MAX = 4096
 
 
@@ -123,8 +138,8 @@ class Call:
 
     def check(self) -> None:
         """Raises InvalidInput that names what is wrong."""
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise InvalidInput(f"weight {self.weight}: must be a finite number, 0 or more")
+        if not 0 <= self.weight <= WEIGHT_MAX:
+            raise InvalidInput(f"weight {self.weight}: must be a finite number, 0 or more, at most {WEIGHT_MAX:g}")
         if not 0 < self.timeout_s < math.inf:
             raise InvalidInput(f"timeout {self.timeout_s}: must be a positive number of seconds")
         if self.epoch is not None and not 0 <= self.epoch < 1 << 62:
@@ -184,6 +199,21 @@ class SessionStatus:
     """Ended averagings by outcome: complete, partial, alone, failed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a session keeps in memory."""
+
+    matchmakings: int
+    """At most MATCHMAKINGS_MAX."""
+    reductions: int
+    """At most REDUCTIONS_MAX."""
+    reductions_running: int
+    early_messages: int
+    """Of groups not heard of yet: at most EARLY_MESSAGES_MAX."""
+    deferred_joins: int
+    """Under plans not known yet: at most MATCHMAKINGS_MAX."""
+
+
 class State(Enum):
     """See the table above."""
 
@@ -203,12 +233,14 @@ class Averaging:
     deadline: float
     values: Vector
     """What the next round averages. The trainer's own until a round committed."""
-    spare: Vector | None
-    """A buffer for the next round's result."""
+    spares: list[Vector]
+    """Buffers for the next rounds' results."""
     k: int
     weight: float
     joined: bool = False
     j: int = 0
+    met_at_k: int = 0
+    """The furthest averaging in which others, past this one, said that they can be met."""
     roster_seen: bool = False
     next_look_up: float = 0.0
     next_word: float = 0.0
@@ -265,9 +297,11 @@ class Session:
         self._current: Averaging | None = None
         self._matchmakings: dict[Key, Matchmaking] = {}
         self._reductions: dict[GroupId, AllReduce] = {}
-        self._early: dict[GroupId, list[tuple[PeerId, ReductionMessage]]] = {}
+        self._early: dict[PeerId, deque[ReductionMessage]] = {}
+        """Of groups we have not heard of yet."""
         self._offsets: deque[float] = deque(maxlen=128)
-        self._deferred: deque[tuple[PeerId, Join]] = deque(maxlen=MATCHMAKINGS_MAX)
+        self._deferred: dict[PeerId, Join] = {}
+        """Under plans we do not know yet, the newest of each sender."""
         self._terms_asked_at = -math.inf
         self._looked_again_at = -math.inf
         self._holes_told_at = -1
@@ -278,9 +312,9 @@ class Session:
 
     # ---- commands
 
-    def start(self, call: Call, vector: Vector, now: float) -> None:
-        """Begin an averaging of the vector, which is ours until Finished or Failed. Raises a SessionError at once for
-        what can never work."""
+    def start(self, call: Call, vector: Vector, now: float, *, spares: Sequence[Vector] = ()) -> None:
+        """Begin an averaging of the vector, which is ours and stays as it is until Finished or Failed. Results go into
+        the spares as far as they reach. Raises a SessionError at once for what can never work."""
         call.check()
         if self.state is State.CLOSED:
             raise Unavailable("the session is closed")
@@ -288,7 +322,9 @@ class Session:
             raise Precondition("an averaging of this session is still under way: await it first")
         assert vector.layout == self.options.layout
         k = self._choose_k(call)
-        self._current = Averaging(call, now, now + call.timeout_s, vector, None, k, call.weight)
+        # A round that failed may still have a job under way, which writes into what was its spare.
+        free = [spare for spare in spares if not any(r.may_write_to(spare) for r in self._reductions.values())]
+        self._current = Averaging(call, now, now + call.timeout_s, vector, free, k, call.weight)
         self._current.roster_seen = self._last_k >= 0  # a newcomer looks first, the others are warm
         self._become(State.GATHERING)
         if self._last_k < 0:
@@ -338,8 +374,8 @@ class Session:
         match message:
             case Join():
                 self._receive_join(message, sender, now)
-            case Begin(group=group):
-                self._pass_on(group.key, message, sender, now)
+            case Begin():
+                self._receive_begin(message, sender, now)
             case Hail():
                 self._receive_hail(message, sender, now)
             case Leave() | Kept() | Redirect() | TooShort() | Closed() | Begun() | Bound():
@@ -439,6 +475,11 @@ class Session:
         assert self._result is not None
         return self._result
 
+    @property
+    def contribution(self) -> Vector | None:
+        """What the reduction under way reads; unchanged until it has committed. None when there is none."""
+        return self._current.values if self._current else None
+
     _result: Vector | None = None
 
     def status(self, now: float) -> SessionStatus:
@@ -451,6 +492,16 @@ class Session:
             self._members.cell(plan, self._next_k) if plan else (),
             self._members.live_count(),
             dict(self.outcomes),
+        )
+
+    def load(self) -> Load:
+        """What is kept for others and for rounds to come; every figure has a limit."""
+        return Load(
+            len(self._matchmakings),
+            len(self._reductions),
+            sum(not reduction.finished for reduction in self._reductions.values()),
+            sum(len(waiting) for waiting in self._early.values()),
+            len(self._deferred),
         )
 
     def known_peers(self) -> list[tuple[PeerId, str, bool]]:
@@ -473,7 +524,7 @@ class Session:
                 self._look_at_reduction(now)
             self._say_what_is_waited_for(now)
         for matchmaking in self._matchmakings.values():
-            self._effects += matchmaking.take_effects()
+            self._effects += self._effects_of(matchmaking)
         for reduction in self._reductions.values():
             self._effects += reduction.take_effects()
         self._forget_old(now)
@@ -492,7 +543,7 @@ class Session:
     def _choose_k(self, call: Call) -> int:
         swarm_k = self._members.current_k()
         if call.epoch is None:
-            return max(self._next_k, swarm_k)
+            return max(self._next_k, swarm_k, self._waited_in())
         newest = max(swarm_k, self._next_k)
         counting = self._members.has_history(newest + 1) or self._last_k >= 0
         if counting and call.epoch > newest + self._config.epochs_ahead_max:
@@ -554,7 +605,7 @@ class Session:
         current.next_look_up = now + self._config.look_up_interval_s
         self._effects.append(LookUp(self.key))
         if self._plan_in_force() is None and self._members.live_count() >= max(2, self._members.sessions_needed()):
-            holder = self._members.unknown_plan_holder() or self._members.next_decider()
+            holder = self._members.unknown_plan_holder(now) or self._members.next_decider()
             if holder != self._here.peer:
                 self._tell(holder, self._members.address_of(holder), PlanWanted())
 
@@ -574,7 +625,7 @@ class Session:
             case State.GATHERING if live == 1:
                 return f"nobody else here yet, {left}"
             case State.GATHERING if self._plan_in_force() is None:
-                decider = self._members.unknown_plan_holder() or self._members.next_decider()
+                decider = self._members.unknown_plan_holder(now) or self._members.next_decider()
                 return f"{live} peers here, waiting for the plan of {short(decider)}, {left}"
             case State.GATHERING:
                 return f"looking who is there, {left}"
@@ -607,7 +658,7 @@ class Session:
         if against and self._current and self.state is State.GATHERING and now >= self._terms_asked_at + 1.0:
             self._terms_asked_at = now
             self._tell(against, self._members.everyone()[against].lease.address, TermsWanted())
-        for holder in (self._members.unknown_plan_holder(), self._members.strange_plan_holder()):
+        for holder in (self._members.unknown_plan_holder(now), self._members.strange_plan_holder()):
             if holder is not None:
                 self._tell(holder, self._members.address_of(holder), PlanWanted())
         self._make_plan_if_due(now)
@@ -684,9 +735,10 @@ class Session:
             current.matchmaking.give_up("a newer plan came", now)
             self._become(State.GATHERING)
         self._announce_lease(now)
-        deferred, self._deferred = self._deferred, deque(maxlen=MATCHMAKINGS_MAX)
-        for sender, join in deferred:
-            self._receive_join(join, sender, now)
+        deferred, self._deferred = self._deferred, {}
+        for sender, join in deferred.items():
+            with suppress(RemoteProtocolError):  # not the fault of who told us the plan
+                self._receive_join(join, sender, now)
 
     # ---- rounds
 
@@ -716,7 +768,8 @@ class Session:
         self._become(State.MATCHING)
         wait_s = (current.deadline - now) / max(1, self._rounds_planned(plan) - current.j)
         self._refresh(matchmaking, now)
-        matchmaking.seek(self._member(cell[current.axis], current.weight), wait_s, now)
+        may_follow = current.j == 0 and current.call.epoch is None
+        matchmaking.seek(self._member(cell[current.axis], current.weight), wait_s, now, may_follow=may_follow)
         self._announce_presence(matchmaking.round.key, cell[current.axis])
         self._look_at_matchmaking(now)
 
@@ -764,12 +817,33 @@ class Session:
         expected = self._members.expected(plan, line, round_.k)
         if self._may_come_to(round_):
             expected = (*expected, self._here.peer)
-        matchmaking.update(candidates, expected, self._grace_s(), now)
+        current = self._current
+        coming = current is not None and current.k == round_.k and current.j < round_.j
+        matchmaking.update(candidates, expected, self._grace_s(), now, coming=coming)
 
     def _is_past(self, k: int, j: int) -> bool:
         """Whether our trainer will not come to this round any more."""
         current = self._current
         return (k, j) < ((current.k, current.j) if current else (self._next_k, 0))
+
+    def _can_be_met(self) -> tuple[int, bool]:
+        """The averaging in which one that is behind can meet us, and whether we wait there now."""
+        current = self._current
+        if current is None:
+            return self._next_k, False
+        if current.j == 0 and self.state is not State.REDUCING:
+            return current.k, True
+        return current.k + 1, False
+
+    def _effects_of(self, matchmaking: Matchmaking) -> list[Effect]:
+        """A matchmaking says that its round is over; where we can be met since then, only we know."""
+        effects = matchmaking.take_effects()
+        for index, effect in enumerate(effects):
+            if isinstance(effect, Send) and isinstance(effect.message, Closed) and self._is_past(*_round_of(effect)):
+                now_k, waiting = self._can_be_met()
+                if now_k >= effect.message.now_k:
+                    effects[index] = replace(effect, message=replace(effect.message, now_k=now_k, waiting=waiting))
+        return effects
 
     def _may_come_to(self, round_: Round) -> bool:
         """Whether those who wait here should wait for our own trainer."""
@@ -798,7 +872,8 @@ class Session:
         if ours > join.plan_version:
             return
         if plan is None:
-            self._deferred.append((sender, join))
+            if join_is_sound(join) and (sender in self._deferred or len(self._deferred) < MATCHMAKINGS_MAX):
+                self._deferred[sender] = join
             self._tell(sender, "", PlanWanted())
             return
         cell = self._members.cell(plan, join.k)
@@ -809,13 +884,40 @@ class Session:
             return  # it takes us for a member of another line; its patience will tell it
         if key not in self._matchmakings:
             if join.k <= self._last_k:
-                answer = Closed(key, join.attempt, join.k, join.j, 0.0, self._next_k)
+                answer = Closed(key, join.attempt, join.k, join.j, 0.0, *self._can_be_met())
                 self._tell(join.applicant.peer, join.applicant.address, answer)
                 return
             if len(self._matchmakings) >= MATCHMAKINGS_MAX:
                 raise RemoteProtocolError("too many joins for rounds to come")
             self._refresh(self._matchmaking(plan, join.k, join.j, axis, cell), now)
         self._matchmakings[key].receive(join, sender, now)
+        current = self._current
+        if current and self.state is State.MATCHING and current.j == 0 and current.call.epoch is None:
+            assert current.matchmaking is not None
+            if (waited_in := self._waited_in()) > current.k:
+                current.matchmaking.go_on_to(waited_in, now)
+
+    def _waited_in(self) -> int:
+        """The latest averaging in whose first round two others wait for us; -1: none.
+
+        Those that wait in a later averaging than ours have given us up in this one; a lease says less, it also names
+        what somebody takes part in next.
+        """
+        waiting: dict[int, set[PeerId]] = {}
+        for matchmaking in self._matchmakings.values():
+            if matchmaking.round.j == 0 and matchmaking.state is MatchmakingState.KEEPING:
+                waiting.setdefault(matchmaking.round.k, set()).update(matchmaking.applicants())
+        return max((k for k, peers in waiting.items() if len(peers) > 1), default=-1)
+
+    def _receive_begin(self, begin: Begin, sender: PeerId, now: float) -> None:
+        group = begin.group
+        matchmaking = self._matchmakings.get(group.key)
+        if matchmaking and matchmaking.group is None and group.group_id in self._reductions:
+            # A second try of one epoch: that group has had other values of ours, with another weight.
+            self._tell(sender, "", Bound(group.key, group.group_id, "left that group"))
+            matchmaking.give_up(f"averaging {group.k} closed before, and left us out", now)
+        else:
+            self._pass_on(group.key, begin, sender, now)
 
     def _pass_on(
         self,
@@ -835,7 +937,7 @@ class Session:
             self._tell(
                 sender,
                 self._members.address_of(sender),
-                Leave(hail.key, HAILED, self._current.k if self._current else self._next_k),
+                Leave(hail.key, HAILED, *self._can_be_met()),
             )
         elif matchmaking is not None:
             matchmaking.receive(hail, sender, now)
@@ -845,7 +947,7 @@ class Session:
         assert current is not None
         matchmaking = current.matchmaking
         assert matchmaking is not None
-        self._effects += matchmaking.take_effects()  # what it did comes before what follows from it
+        self._effects += self._effects_of(matchmaking)  # what it did comes before what follows from it
         if matchmaking.state is MatchmakingState.BOUND:
             assert matchmaking.group is not None
             self._begin_reduction(matchmaking, now)
@@ -863,15 +965,19 @@ class Session:
         late = matchmaking.now_k is not None and matchmaking.now_k > current.k
         if late and current.j == 0:
             assert matchmaking.now_k is not None
-            self._next_k = max(self._next_k, matchmaking.now_k)
-            self._members.heard_over(matchmaking.now_k - 1)
-            newcomer = self._last_k < 0 and current.call.epoch is None
-            if newcomer and now < current.deadline:  # it cannot know what is open: the next one then
+            # k never goes back: one that lies must not send us where nobody is. Leases bring the rest of the way.
+            now_k = min(matchmaking.now_k, max(current.k + 1, self._members.current_k() + BEHIND_MAX))
+            self._next_k = max(self._next_k, now_k)
+            self._members.heard_over(now_k - 1)
+            # A newcomer cannot know what is open: the next one then. Others follow where they are waited for.
+            follows = current.call.epoch is None and (self._last_k < 0 or matchmaking.they_wait)
+            if follows and now < current.deadline:
                 current.k = self._next_k
                 self._become(State.GATHERING)
                 current.next_look_up = now
                 self._begin_if_possible(now)
                 return
+        current.met_at_k = max(current.met_at_k, matchmaking.now_k or 0)
         current.rounds.append(self._receipt_alone(matchmaking, matchmaking.why, now))
         self._next_round(now, over=late and current.j == 0)
 
@@ -883,12 +989,12 @@ class Session:
         rank = group.rank_of(self._here.peer)
         assert rank is not None
         self._offsets.extend(group.arrival_offsets_s)
+        current.met_at_k = max(current.met_at_k, group.now_k)
         for absent in group.absent:
             self._members.missed(absent.peer)
         if len(self._reductions) >= REDUCTIONS_MAX:
             self._reductions.pop(next(iter(self._reductions)))
-        spare = current.spare or Vector.empty(self.options.layout)
-        current.spare = None
+        spare = current.spares.pop() if current.spares else Vector.empty(self.options.layout)
         current.reduce_started_at = now
         self._become(State.REDUCING)
         current.reduction = AllReduce(
@@ -899,12 +1005,11 @@ class Session:
             codec=self._codec,
             config=self._config.all_reduce,
             now=now,
+            deadline=current.deadline,
         )
         self._spare_in_use = spare
         self._reductions[group.group_id] = current.reduction
-        for sender, message in self._early.pop(group.group_id, []):
-            self._receive_in_group(message, sender, now)
-        self._early.clear()
+        self._replay_early(current.reduction, now)
         self._look_at_reduction(now)
 
     _spare_in_use: Vector | None = None
@@ -912,15 +1017,28 @@ class Session:
     def _receive_in_group(self, message: ReductionMessage, sender: PeerId, now: float) -> None:
         reduction = self._reductions.get(message.group_id)
         if reduction is None:
-            if len(self._early) < REDUCTIONS_MAX or message.group_id in self._early:
-                waiting = self._early.setdefault(message.group_id, [])
-                if len(waiting) < EARLY_MESSAGES_MAX:
-                    waiting.append((sender, message))
+            self._keep_early(message, sender)
             return
         rank = reduction.group.rank_of(sender)
         if rank is None:
             raise RemoteProtocolError(f"{short(sender)} is not in the group it speaks to")
         reduction.receive(message, rank, now)
+
+    def _replay_early(self, reduction: AllReduce, now: float) -> None:
+        early, self._early = self._early, {}
+        for number, member in enumerate(reduction.group.members):
+            for message in early.get(member.peer, ()):
+                if message.group_id == reduction.group.group_id:
+                    try:
+                        reduction.receive(message, Rank(number), now)
+                    except RemoteProtocolError as wrong:  # not the fault of who told us of the group
+                        reduction.suspect(Rank(number), str(wrong), now)
+
+    def _keep_early(self, message: ReductionMessage, sender: PeerId) -> None:
+        if isinstance(message, Heartbeat) or (isinstance(message, Holdings) and len(message.views) > EARLY_VIEWS_MAX):
+            return
+        if sender in self._early or len(self._early) < EARLY_MESSAGES_MAX // EARLY_OF_ONE_MAX:
+            self._early.setdefault(sender, deque(maxlen=EARLY_OF_ONE_MAX)).append(message)
 
     def _look_at_reduction(self, now: float) -> None:
         current = self._current
@@ -941,15 +1059,16 @@ class Session:
             group = reduction.group
             weights = [member.weight for member in group.members]
             coordinates = [member.coordinate for member in group.members]
-            current.values, current.spare = self._spare_in_use, current.values if current.changed else None
-            current.changed = True
+            if current.changed:
+                current.spares.append(current.values)
+            current.values, current.changed = self._spare_in_use, True
             current.rounds.append(
                 self._receipt_of(reduction, carried_weight(weights, coordinates, reduction.rank), now)
             )
             current.weight = current.rounds[-1].weight_after
         else:
             if reduction.idle:
-                current.spare = self._spare_in_use
+                current.spares.append(self._spare_in_use)
             current.rounds.append(self._receipt_of(reduction, current.weight, now))
         self._spare_in_use = None
         self._next_round(now)
@@ -1049,7 +1168,13 @@ class Session:
             self._members.took_part(peer, current.k)
         newest = self._members.newest_plan()
         if receipt.outcome is not Outcome.ALONE:
-            self._last_k, self._next_k = current.k, current.k + 1
+            # Some of us fell behind the others together: each would wait for the other half's past, for ever. One step
+            # at most beyond what two leases hold, so that nobody can send us far ahead.
+            met_at_k = min(current.met_at_k, self._members.current_k() + 1)
+            self._last_k, self._next_k = current.k, max(current.k + 1, met_at_k)
+        elif any(len(r.members) > 1 for r in current.rounds):
+            # A group was closed with us in it: another try under its key would be answered with that same group.
+            self._next_k = current.k + 1
         elif newest and newest.plan.first_k > self._next_k and self._members.live_count() > 1:
             # Nobody of our lines is left, so k stands still here: meet the others where the next plan begins.
             self._next_k = newest.plan.first_k
@@ -1199,6 +1324,11 @@ class Session:
 
     def _log(self, text: str) -> None:
         self._effects.append(Log(text))
+
+
+def _round_of(closed: Send) -> tuple[int, int]:
+    assert isinstance(closed.message, Closed)
+    return closed.message.k, closed.message.j
 
 
 def _weighs_nothing(receipt: RoundReceipt) -> bool:

@@ -26,7 +26,15 @@ from moshpitd.peer.v1 import peer_pb2
 
 REPEATED_MAX = 1 << 17
 TEXT_MAX = 1024
+BYTES_MAX = 64
+"""Digests, tokens, keys and signatures; nothing else travels as bytes but payloads."""
+NUMBER_MAX = 1 << 62
+"""What counts averagings or bytes: far beyond anything real, and one more of it still fits every field."""
+HEAD_BYTES_MAX = 1 << 14
+"""Of a chunk's frame before its payload: the contributors of the largest group. The whole frame is kept with it."""
 _PEER_ID = re.compile(r"[0-9a-f]{64}")
+
+_Frame = typing.TypeVar("_Frame", peer_pb2.ConverseRequest, peer_pb2.ConverseResponse, peer_pb2.TransferRequest)
 
 _WRAPPED: dict[type, str] = {
     getattr(messages, type(getattr(peer_pb2.Envelope(), field.name)).__name__): field.name
@@ -52,6 +60,14 @@ def opened(wrapped: peer_pb2.Envelope) -> tuple[Key, Message]:
         raise RemoteProtocolError("an envelope without a message, or with one this version does not know")
     message = _read(getattr(wrapped, field), _TYPES[field])
     return Key(_sized(wrapped.session, 20)), typing.cast(Message, message)
+
+
+def frame_from(kind: type[_Frame], raw: bytes) -> _Frame:
+    """A frame of a conversation, or the opening of a transfer. Raises RemoteProtocolError."""
+    try:
+        return kind.FromString(raw)
+    except DecodeError as wrong:
+        raise RemoteProtocolError(f"a {kind.__name__} that is no protobuf: {wrong}") from wrong
 
 
 def record_bytes(record: Record) -> bytes:
@@ -145,12 +161,28 @@ def _reader(hint: object) -> Callable[[Any], object]:
         return _finite
     if hint is str or hint is Address:
         return _text
-    if hint in (int, bool, bytes, Incarnation, Rank):
+    if hint is int:
+        return _number
+    if hint is bytes:
+        return _short
+    if hint in (bool, Incarnation, Rank):
         return _as_is
     raise AssertionError(f"no rule for {hint}")
 
 
 def _as_is(value: object) -> object:
+    return value
+
+
+def _number(value: int) -> int:
+    if abs(value) > NUMBER_MAX:
+        raise RemoteProtocolError(f"the number {value}")
+    return value
+
+
+def _short(value: bytes) -> bytes:
+    if len(value) > BYTES_MAX:
+        raise RemoteProtocolError(f"{len(value)} bytes where at most {BYTES_MAX} belong")
     return value
 
 
@@ -207,10 +239,12 @@ def chunk_from(frame: bytes) -> Chunk:
         if tag != 0x12 or at + length != len(view):
             raise RemoteProtocolError("a frame that is not one chunk")
         field_at, payload_at = _payload_bounds(view, at)
+        if field_at - at > HEAD_BYTES_MAX:
+            raise RemoteProtocolError(f"a chunk with {field_at - at} bytes before its payload")
         head = peer_pb2.Chunk.FromString(bytes(view[at:field_at]))
     except (DecodeError, IndexError) as wrong:
         raise RemoteProtocolError(f"a chunk that is no protobuf: {wrong}") from wrong
-    if len(head.contributors) > REPEATED_MAX or head.view > REPEATED_MAX:
+    if head.view > REPEATED_MAX:
         raise RemoteProtocolError("a chunk with impossible numbers")
     return Chunk(
         head.index,

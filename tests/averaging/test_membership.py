@@ -417,13 +417,13 @@ def test_who_notices_a_hole_tells_the_decider() -> None:
 
 def test_who_goes_by_a_newer_plan_is_asked_for_it() -> None:
     swarm = swarm_where_we_decide(4)
-    assert swarm.members.unknown_plan_holder() is None
+    assert swarm.members.unknown_plan_holder(100) is None
     newer = plan_of(4, (4,), version=3)
     swarm.see(77, plan=newer)
-    assert swarm.members.unknown_plan_holder() == swarm.members.strange_plan_holder() == peer(77)
+    assert swarm.members.unknown_plan_holder(100) == swarm.members.strange_plan_holder() == peer(77)
     assert swarm.members.make_plan_if_due(0, 100) is None
     assert swarm.adopt(newer)
-    assert swarm.members.unknown_plan_holder() is swarm.members.strange_plan_holder() is None
+    assert swarm.members.unknown_plan_holder(100) is swarm.members.strange_plan_holder() is None
 
 
 # ---- plans from outside

@@ -15,7 +15,8 @@ from moshpitd.averaging.messages import Farewell, PlanNotice
 from moshpitd.averaging.receipt import Outcome, Receipt
 from moshpitd.averaging.session import Call, SessionConfig
 from moshpitd.averaging.vector import Vector
-from tests.averaging.swarm_on_paper import Array, Ending, Peer, Swarm, Weather, options_for
+from moshpitd.simulation.network import Weather
+from moshpitd.simulation.swarm import Array, Ending, Peer, Swarm, options_for
 
 ELEMENTS = 2 * 4096 + 17
 SLOW = Weather(message=(0.001, 0.08), dial=(0.01, 0.2), directory=(0.02, 0.6), stale_s=1.0, noticed=(0.01, 1.0))
@@ -52,7 +53,7 @@ def swarm_of(
     **chosen: object,
 ) -> tuple[Swarm, list[Peer]]:
     """n sessions. Acquainted ones opened long ago: they know each other, and have a plan made for all of them."""
-    swarm = Swarm(seed, weather, config)
+    swarm = Swarm(seed, weather, config, keep_messages=True)
     options = options_for(np.zeros(ELEMENTS, np.float32), **chosen)
     if acquainted:  # all announce at one moment and hear of all the others at the next
         swarm.weather = replace(weather, directory=(0.005, 0.005), stale_s=0.0)
@@ -730,11 +731,13 @@ def test_a_new_plan_begins_two_averagings_later_and_the_old_one_counts_until_the
 @pytest.mark.parametrize("seed", range(6))
 def test_of_two_plans_of_one_version_all_end_up_under_the_same(seed: int) -> None:
     """Two halves of a split swarm each plan for themselves; then the split mends."""
-    swarm = Swarm(seed, LAN, FOUR)
+    swarm = Swarm(seed, LAN, FOUR, keep_messages=True)
     options = options_for(np.zeros(ELEMENTS, np.float32))
     halves = [[swarm.open(f"{half}{number}", options) for number in range(3)] for half in "ab"]
     peers = [*halves[0], *halves[1]]
-    swarm.unseen = {(one.id, other.id) for half in halves for one in half for other in peers if other not in half}
+    swarm.directory.unseen = {
+        (one.id, other.id) for half in halves for one in half for other in peers if other not in half
+    }
     trainers = Trainers(swarm)
     for peer in peers:
         trainers.put_to_work(peer)
@@ -743,7 +746,7 @@ def test_of_two_plans_of_one_version_all_end_up_under_the_same(seed: int) -> Non
     assert len(rivals) >= 2
     assert {peer.machine.status(swarm.now).live_sessions for peer in peers} == {3}
 
-    swarm.unseen.clear()
+    swarm.directory.unseen.clear()
     swarm.run_for(20.0)
 
     assert len({peer.machine.status(swarm.now).grid for peer in peers}) == 1

@@ -209,7 +209,7 @@ def test_a_damaged_frame_is_refused_or_read_never_a_crash(
         b"\x12\x02\x0d\x00",
         wire.chunk_frame(Chunk(0, 1 << 20, b"", is_average=False), b""),
         peer_pb2.TransferRequest(
-            chunk=peer_pb2.Chunk(contributors=[0] * (wire.REPEATED_MAX + 1))
+            chunk=peer_pb2.Chunk(contributors=[0] * (wire.HEAD_BYTES_MAX + 1))
         ).SerializeToString(),
     ],
     ids=["empty", "cut", "a byte too many", "an opening", "endless", "payload not last", "unknown", "view", "crowd"],

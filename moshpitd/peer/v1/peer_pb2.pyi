@@ -511,22 +511,26 @@ class Leave(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     NOW_K_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     """The round's grid key."""
     attempt: _builtins.int
     """The attempt that ends; 0 in an answer to a Hail, whose round the sender is past."""
     now_k: _builtins.int
-    """In an answer to a Hail: the averaging the sender is in or takes part in next."""
+    """In an answer to a Hail: the averaging in which the sender can be met."""
+    waiting: _builtins.bool
+    """Whether it waits there now."""
     def __init__(
         self,
         *,
         key: _builtins.bytes = ...,
         attempt: _builtins.int = ...,
         now_k: _builtins.int = ...,
+        waiting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "key", b"key", "now_k", b"now_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "key", b"key", "now_k", b"now_k", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -654,6 +658,7 @@ class Closed(_message.Message):
     J_FIELD_NUMBER: _builtins.int
     CLOSED_S_AGO_FIELD_NUMBER: _builtins.int
     NOW_K_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     """The round's grid key."""
     attempt: _builtins.int
@@ -665,7 +670,9 @@ class Closed(_message.Message):
     closed_s_ago: _builtins.float
     """How long ago its group closed."""
     now_k: _builtins.int
-    """The averaging that is open next."""
+    """The averaging in which the sender can be met."""
+    waiting: _builtins.bool
+    """Whether it waits there now."""
     def __init__(
         self,
         *,
@@ -675,10 +682,11 @@ class Closed(_message.Message):
         j: _builtins.int = ...,
         closed_s_ago: _builtins.float = ...,
         now_k: _builtins.int = ...,
+        waiting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "closed_s_ago", b"closed_s_ago", "j", b"j", "k", b"k", "key", b"key", "now_k", b"now_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "closed_s_ago", b"closed_s_ago", "j", b"j", "k", b"k", "key", b"key", "now_k", b"now_k", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -727,6 +735,7 @@ class Group(_message.Message):
     BUDGET_S_FIELD_NUMBER: _builtins.int
     ABSENT_FIELD_NUMBER: _builtins.int
     ARRIVAL_OFFSETS_S_FIELD_NUMBER: _builtins.int
+    NOW_K_FIELD_NUMBER: _builtins.int
     group_id: _builtins.bytes
     """16 random bytes."""
     token: _builtins.bytes
@@ -745,6 +754,8 @@ class Group(_message.Message):
     """How much of the vector goes into one chunk, in bytes of its own type."""
     budget_s: _builtins.float
     """What the most hurried member's caller still has."""
+    now_k: _builtins.int
+    """The furthest averaging in which others of the line, past this one, said that they can be met; 0: nobody did."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """By rank: sorted by coordinate, then id."""
@@ -777,10 +788,11 @@ class Group(_message.Message):
         budget_s: _builtins.float = ...,
         absent: _abc.Iterable[Global___Absent] | None = ...,
         arrival_offsets_s: _abc.Iterable[_builtins.float] | None = ...,
+        now_k: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "arrival_offsets_s", b"arrival_offsets_s", "axis", b"axis", "budget_s", b"budget_s", "chunk_bytes", b"chunk_bytes", "group_id", b"group_id", "j", b"j", "k", b"k", "key", b"key", "leader", b"leader", "members", b"members", "spans", b"spans", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "arrival_offsets_s", b"arrival_offsets_s", "axis", b"axis", "budget_s", b"budget_s", "chunk_bytes", b"chunk_bytes", "group_id", b"group_id", "j", b"j", "k", b"k", "key", b"key", "leader", b"leader", "members", b"members", "now_k", b"now_k", "spans", b"spans", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

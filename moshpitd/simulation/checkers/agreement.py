@@ -1,0 +1,33 @@
+"""Members that commit under the same group id hold identical bytes."""
+
+from __future__ import annotations
+
+import hashlib
+
+from moshpitd.simulation.checkers.checker import Checker
+from moshpitd.simulation.history import RoundRecord
+
+
+class Agreement(Checker):
+    """Compares everybody with the first that committed."""
+
+    name = "agreement"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first: dict[bytes, tuple[str, bytes, bytes]] = {}
+        self._holds: dict[bytes, bytes] = {}
+        """By digest: what it is the digest of."""
+
+    def round_ended(self, record: RoundRecord) -> None:
+        self.looked += 1
+        receipt = record.receipt
+        held = hashlib.sha256(record.output.tobytes()).digest()
+        name, digest, bits = self._first.setdefault(receipt.group_id, (record.peer.name, receipt.digest, held))
+        where = f"group {receipt.group_id.hex()[:8]} of round {receipt.averaging}.{receipt.round}"
+        if digest != receipt.digest:
+            self.complain(record.at, f"{name} and {record.peer.name} have other digests for {where}")
+        if bits != held:
+            self.complain(record.at, f"{name} and {record.peer.name} hold other bits of {where}")
+        if self._holds.setdefault(receipt.digest, held) != held:
+            self.complain(record.at, f"{record.peer.name} holds other bits of {where} than their digest stands for")

@@ -1,0 +1,46 @@
+"""Every committed value equals the float64 weighted mean of the contributors that its receipt names."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moshpitd.simulation.checkers.checker import Checker
+from moshpitd.simulation.history import RoundRecord
+
+PRECISION = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}
+"""Of a codec, relative to the largest value that went in."""
+
+
+class HonestReceipts(Checker):
+    """Computes each span anew, from what was put in."""
+
+    name = "honest receipts"
+
+    def round_ended(self, record: RoundRecord) -> None:
+        self.looked += 1
+        receipt, group = record.receipt, record.group
+        where = f"{record.peer.name}'s round {receipt.averaging}.{receipt.round}"
+        weights = {line.peer: line.weight for line in receipt.members}
+        covered = 0
+        for span in receipt.spans:
+            if span.start != covered:
+                self.complain(record.at, f"{where}: its spans leave out {covered} to {span.start}")
+            covered = span.stop
+            if missing := [peer for peer in span.contributors if peer not in group.inputs or peer not in weights]:
+                self.complain(record.at, f"{where}: names {missing[0][:8]}, which never began this group")
+                continue
+            total = sum(weights[peer] for peer in span.contributors)
+            if not total > 0:
+                self.complain(record.at, f"{where}: nobody who is named for {span.start} to {span.stop} has any weight")
+                continue
+            inputs = [group.inputs[peer][span.start : span.stop].astype(np.float64) for peer in span.contributors]
+            mean = sum(weights[p] / total * x for p, x in zip(span.contributors, inputs, strict=True))
+            scale = max(float(np.max(np.abs(x))) for x in inputs)
+            error = float(np.max(np.abs(record.output[span.start : span.stop] - mean)))
+            if not error <= PRECISION[receipt.codec] * max(scale, 1e-30):
+                names = ", ".join(peer[:8] for peer in span.contributors)
+                self.complain(
+                    record.at, f"{where}: {span.start} to {span.stop} is {error:.2e} away from the mean of {names}"
+                )
+        if covered != len(record.output):
+            self.complain(record.at, f"{where}: its spans end at {covered} of {len(record.output)}")

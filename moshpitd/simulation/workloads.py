@@ -1,0 +1,504 @@
+"""What the trainers of a simulated swarm do, and what comes of it.
+
+`InStep`: everybody averages, all at once, again and again; the spread over all peers is measured after each averaging.
+`Mixed`: everybody trains at its own pace while everything goes wrong that may; then all is calm and must be exact.
+Both run the production machines and all checkers. Same options and seed, same result, to the byte.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from moshpitd.averaging.grid import parse_sides
+from moshpitd.averaging.receipt import Outcome
+from moshpitd.averaging.session import Call, SessionConfig
+from moshpitd.averaging.vector import Vector
+from moshpitd.simulation.checkers import (
+    Agreement,
+    Bounds,
+    Checker,
+    Conservation,
+    Contraction,
+    HonestReceipts,
+    Leaks,
+    Liveness,
+)
+from moshpitd.simulation.clock import Stuck
+from moshpitd.simulation.faults import Mischief, Odds
+from moshpitd.simulation.history import History
+from moshpitd.simulation.network import Link, Weather
+from moshpitd.simulation.swarm import Ending, Observer, Peer, Swarm, options_for
+
+AGREED = 1e-9
+"""Variance over all peers below which a swarm of N(0, 1) values has agreed."""
+UNDIALABLE = "nobody in the group can be dialled"
+Values = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkClass:
+    """Some peers with the same line."""
+
+    link: Link
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """A share of the peers does not come to one averaging."""
+
+    at: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Parting:
+    """A share of the peers is cut off from the others before averaging `at`, for so many seconds."""
+
+    at: int
+    share: float
+    lasts_s: float
+    one_way: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Crowd:
+    """So many peers come, or leave, before averaging `at`."""
+
+    at: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class InStepOptions:
+    """A swarm that averages in step."""
+
+    peers: int = 16
+    grid: str = ""
+    """Pinned, "4x4"; empty: the planner chooses."""
+    group_size_max: int = 16
+    rounds: int = 1
+    """Of an averaging; 0: as many as the grid has axes."""
+    averagings_max: int = 50
+    seed: int = 0
+    elements: int = 4
+    vector_bytes: float = 0.0
+    """What the vector is taken to weigh on the links; 0: what it does."""
+    classes: tuple[LinkClass, ...] = ()
+    """The first peers get these lines, the others `weather` only."""
+    weather: Weather = field(default_factory=Weather)
+    timeout_s: float = 60.0
+    absent: float = 0.0
+    """The chance of each peer to miss an averaging."""
+    crash: float = 0.0
+    """The chance of each daemon to die in an averaging, at any moment of it."""
+    pause: float = 0.0
+    """The chance of each daemon to stand still within an averaging."""
+    pause_s: float = 5.0
+    bursts: tuple[Absence, ...] = ()
+    partings: tuple[Parting, ...] = ()
+    joiners: tuple[Crowd, ...] = ()
+    leavers: tuple[Crowd, ...] = ()
+    slow_trainers: float = 0.0
+    """The share of trainers that call late, by up to `slow_s`."""
+    slow_s: float = 2.0
+    apart_s: float = 0.01
+    """How far apart the others call."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What came of a run."""
+
+    workload: str
+    seed: int
+    peers: int
+    grid: str = ""
+    spreads: list[float] = field(default_factory=list)
+    """Variance over all living peers: at first, then after each averaging."""
+    theory: list[float] = field(default_factory=list)
+    """The factor by which it should fall in each."""
+    rounds_to_agreement: int | None = None
+    averagings: int = 0
+    outcomes: dict[str, int] = field(default_factory=dict)
+    round_s_p50: float = 0.0
+    round_s_p99: float = 0.0
+    messages_per_peer: float = 0.0
+    bytes_per_peer: float = 0.0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Why, and how often."""
+    faults: dict[str, int] = field(default_factory=dict)
+    looked: dict[str, int] = field(default_factory=dict)
+    """How many things each checker judged."""
+    complaints: list[str] = field(default_factory=list)
+    windows: dict[str, int] = field(default_factory=dict)
+    """How often something happened that is not promised against."""
+    virtual_s: float = 0.0
+    events: int = 0
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class Tally(Observer):
+    """Counts outcomes, times and reasons."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.windows: Counter[str] = Counter()
+        self.round_s: list[float] = []
+
+    def call_ended(self, peer: Peer, ending: Ending) -> None:
+        if ending.receipt is None:
+            self.outcomes["failed"] += 1
+            self.dropped[_reason(str(ending.error))] += 1
+            return
+        self.outcomes[ending.receipt.outcome.value] += 1
+        for receipt in ending.receipt.rounds:
+            self.round_s.append(receipt.seconds_matchmaking + receipt.seconds_reduce)
+            self.dropped.update(_reason(line.why) for line in receipt.dropped)
+            if "unconfirmed" in receipt.why:
+                self.windows["committed unconfirmed"] += 1
+            if receipt.outcome is Outcome.ALONE and len(receipt.members) > 1:
+                self.windows["aborted after the group began"] += 1
+
+
+def _reason(why: str) -> str:
+    """Without names and numbers, so that like goes to like."""
+    words = [word for word in why.split() if not any(c.isdigit() for c in word) and "-" not in word]
+    return " ".join(words)[:60].rstrip(":;, ")
+
+
+class Run:
+    """What both workloads share: a swarm, its checkers, its report."""
+
+    def __init__(self, seed: int, config: SessionConfig, weather: Weather, report: Report) -> None:
+        self.swarm = Swarm(seed, weather, config)
+        self.report = report
+        self.contraction, self.liveness = Contraction(), Liveness()
+        self.checkers: list[Checker] = [
+            Agreement(),
+            HonestReceipts(),
+            Conservation(),
+            Bounds(),
+            Leaks(),
+            self.liveness,
+            self.contraction,
+        ]
+        self.tally = Tally()
+        self.swarm.observers += [History(list(self.checkers)), self.tally]
+        self.rng = random.Random(seed ^ 0x5EED)
+        self.values_of = np.random.default_rng([seed, 0xDA7A])
+
+    def finish(self, *, settle_s: float = 40.0) -> Report:
+        """Let everything come to rest, then look a last time."""
+        swarm, report = self.swarm, self.report
+        try:
+            swarm.run_for(settle_s)
+        except Stuck as stuck:
+            self.liveness.complain(swarm.now, str(stuck))
+        for checker in self.checkers:
+            checker.finish(swarm)
+            report.looked[checker.name] = checker.looked
+            report.complaints += checker.complaints
+        report.complaints += [f"protocol: {error}" for error in swarm.protocol_errors]
+        report.outcomes = dict(sorted(self.tally.outcomes.items()))
+        report.dropped = dict(self.tally.dropped.most_common(12))
+        report.windows = dict(sorted(self.tally.windows.items()))
+        if self.tally.round_s:
+            report.round_s_p50, report.round_s_p99 = (float(np.percentile(self.tally.round_s, q)) for q in (50, 99))
+        report.messages_per_peer = sum(swarm.network.messages.values()) / max(1, len(swarm.peers))
+        report.bytes_per_peer = sum(swarm.network.bytes.values()) / max(1, len(swarm.peers))
+        report.virtual_s, report.events = swarm.now, swarm.clock.events
+        return report
+
+
+def packed(values: Values) -> Vector:
+    return Vector.of({"w": values})
+
+
+def variance(held: Sequence[Values]) -> float:
+    """Over the peers, the mean of all elements."""
+    return float(np.mean(np.var(np.stack(held).astype(np.float64), axis=0))) if held else 0.0
+
+
+class InStep:
+    """See InStepOptions. `progress` is called after each averaging with the report so far."""
+
+    def __init__(self, options: InStepOptions) -> None:
+        self.options = options
+        config = SessionConfig(pin=options.grid, group_size_max=options.group_size_max, chunk_bytes=1 << 14)
+        self._run = Run(options.seed, config, options.weather, Report("in step", options.seed, options.peers))
+        self.swarm = self._run.swarm
+        self._held: dict[Peer, Values] = {}
+        self._opened = 0
+        self._lines = [c.link for c in options.classes for _ in range(c.count)]
+        if options.vector_bytes:
+            self.swarm.network.bytes_scale = options.vector_bytes / (4 * options.elements)
+
+    def run(self, progress: Callable[[Report], None] = lambda report: None) -> Report:
+        options, report, swarm = self.options, self._run.report, self.swarm
+        weather = swarm.weather
+        swarm.weather = replace(weather, directory=(0.005, 0.005), stale_s=0.0, lost_writes=0.0)
+        self._let_in(options.peers)
+        swarm.run_for(1.0)  # all announced at one moment and hear of all the others at the next
+        swarm.weather = weather
+        report.spreads.append(self._spread())
+        try:
+            for k in range(options.averagings_max):
+                self._averaging(k)
+                progress(report)
+                if report.rounds_to_agreement is not None and not self._more_to_come(k):
+                    break
+        except Stuck as stuck:
+            self._run.liveness.complain(swarm.now, str(stuck))
+        return self._run.finish()
+
+    def _more_to_come(self, k: int) -> bool:
+        return any(at > k for at in self._appointments())
+
+    def _appointments(self) -> list[int]:
+        """Before which averagings something special happens."""
+        options = self.options
+        return [
+            *(burst.at for burst in options.bursts),
+            *(parting.at for parting in options.partings),
+            *(crowd.at for crowd in (*options.joiners, *options.leavers)),
+        ]
+
+    def _averaging(self, k: int) -> None:
+        options, report, swarm, rng = self.options, self._run.report, self.swarm, self._run.rng
+        clean = self._change_the_crowd(k)
+        living = swarm.living()
+        absent = {peer for peer in living if rng.random() < options.absent}
+        for burst in options.bursts:
+            if burst.at == k:
+                absent |= set(rng.sample(living, round(burst.share * len(living))))
+        present = [peer for peer in living if peer not in absent]
+        for peer in present:
+            if rng.random() < options.crash:
+                clean = False
+                swarm.at(swarm.now + rng.uniform(0, 0.1), lambda p=peer: self._crash(p))  # type: ignore[misc]
+            elif rng.random() < options.pause:
+                clean = False
+                at = swarm.now + rng.uniform(0, 0.1)
+                swarm.at(at, lambda p=peer: swarm.pause(p))  # type: ignore[misc]
+                swarm.at(at + rng.uniform(0, options.pause_s), lambda p=peer: swarm.resume(p))  # type: ignore[misc]
+        before = report.spreads[-1] if clean else self._spread()
+        plan_of = present[0].machine if present else None
+        endings = self._average(present, k)
+        for peer, ending in endings.items():
+            if ending.receipt is not None and ending.vector is not None:
+                self._held[peer] = ending.values.astype(np.float32)
+        after = self._spread()
+        report.averagings += 1
+        report.spreads.append(after)
+        report.grid = plan_of.status(swarm.now).grid if plan_of else report.grid
+        sides = parse_sides(report.grid) if report.grid else (1,)
+        rounds = options.rounds or len(sides)
+        factor = 1.0
+        for j in range(rounds):
+            side = sides[(k * rounds + j) % len(sides)]
+            factor *= options.absent + (1 - options.absent) / side
+        report.theory.append(0.0 if rounds >= len(sides) and not absent and clean else factor)
+        if report.rounds_to_agreement is None and after < AGREED:
+            report.rounds_to_agreement = report.averagings
+        complete = all(e.receipt and e.receipt.outcome is Outcome.COMPLETE for e in endings.values())
+        full = math.prod(sides) == len(living) == len(swarm.living())
+        self._run.contraction.in_step(
+            swarm.now, before, after, axes=math.ceil(len(sides) / rounds), clean=clean and not absent, full=full
+        )
+        if clean and not absent and not complete and k > 0 and not self._recently_changed(k):
+            why = next((e.receipt.why for e in endings.values() if e.receipt and e.receipt.why), "a call failed")
+            self._run.liveness.complain(swarm.now, f"averaging {k} had no fault and is not complete: {why}")
+
+    def _recently_changed(self, k: int) -> bool:
+        """After a fault or a change of the crowd the plan may still have to follow."""
+        options = self.options
+        if options.absent or options.crash or options.pause or options.slow_trainers:
+            return True
+        return any(at <= k for at in self._appointments())
+
+    def _average(self, present: Sequence[Peer], k: int) -> dict[Peer, Ending]:
+        options, swarm, rng = self.options, self.swarm, self._run.rng
+        call = Call(timeout_s=options.timeout_s, epoch=k)
+        before = {peer: len(peer.endings) for peer in present}
+        for peer in present:
+            slow = rng.random() < options.slow_trainers
+            moment = swarm.now + rng.uniform(0, options.slow_s if slow else options.apart_s)
+            swarm.at(moment, lambda p=peer: swarm.start_if_alive(p, packed(self._held[p]), call))  # type: ignore[misc]
+        limit = 2 * options.timeout_s + options.pause_s + options.slow_s
+        swarm.run_until(lambda: all(len(p.endings) > n or not p.alive for p, n in before.items()), limit)
+        return {peer: peer.endings[n] for peer, n in before.items() if peer.alive and len(peer.endings) > n}
+
+    def _change_the_crowd(self, k: int) -> bool:
+        """Joiners, leavers, partitions that begin now; True when there are none."""
+        options, swarm, rng = self.options, self.swarm, self._run.rng
+        clean = True
+        for crowd in options.joiners:
+            if crowd.at == k:
+                clean = False
+                self._let_in(crowd.count)
+                swarm.run_for(0.5)
+        for crowd in options.leavers:
+            if crowd.at == k:
+                clean = False
+                for peer in rng.sample(swarm.living(), min(crowd.count, len(swarm.living()) - 1)):
+                    swarm.close(peer)
+                    del self._held[peer]
+        for parting in options.partings:
+            if parting.at == k:
+                clean = False
+                living = swarm.living()
+                few = rng.sample(living, max(1, round(parting.share * len(living))))
+                swarm.part(few, [peer for peer in living if peer not in few], one_way=parting.one_way)
+                swarm.at(swarm.now + parting.lasts_s, swarm.heal)
+        return clean and not swarm.network.is_parted
+
+    def _crash(self, peer: Peer) -> None:
+        if peer.alive:
+            self.swarm.kill(peer)
+            self._held.pop(peer, None)
+
+    def _let_in(self, count: int) -> None:
+        options = self.options
+        for _ in range(count):
+            number = self._opened
+            self._opened += 1
+            link = self._lines[number] if number < len(self._lines) else None
+            held = self._run.values_of.normal(size=options.elements).astype(np.float32)
+            session = options_for(held, rounds=options.rounds, joining="contribute")
+            self._held[self.swarm.open(f"p{number}", session, link=link)] = held
+
+    def _spread(self) -> float:
+        return variance([self._held[peer] for peer in self.swarm.living()])
+
+
+@dataclass(frozen=True, slots=True)
+class MixedOptions:
+    """A swarm that trains while everything goes wrong. What is not given is drawn from the seed."""
+
+    seed: int = 0
+    peers: tuple[int, int] = (16, 64)
+    storm_s: float = 20.0
+    """How long faults come."""
+    odds: Odds = field(default_factory=Odds)
+    settle_averagings: int = 12
+    """In step, after the faults: within so many everybody must meet completely."""
+    calm_averagings: int = 2
+    """... and must then do so this often."""
+
+
+class Mixed:
+    """See MixedOptions."""
+
+    def __init__(self, options: MixedOptions) -> None:
+        dice = random.Random(options.seed)
+        self.options = options
+        self._peers = dice.randint(*options.peers)
+        far = dice.choice([0.0, 0.0, 0.01, 0.05])
+        weather = Weather(
+            message=(0.0002, dice.choice([0.002, 0.05])),
+            dial=(0.0005, dice.choice([0.003, 0.2])),
+            directory=(0.001, dice.choice([0.01, 0.5])),
+            stale_s=dice.choice([0.0, 1.0]),
+            lost_writes=dice.choice([0.0, 0.1]),
+            noticed=(0.001, dice.choice([0.05, 1.0])),
+        )
+        config = SessionConfig(group_size_max=dice.choice([4, 8, 16]), chunk_bytes=1 << 14)
+        self._elements = dice.choice([1, 3 * 4096, 6 * 4096 + 17])
+        self._rounds = dice.choice([0, 0, 1])
+        self._joining = dice.choice(["receive", "contribute"])
+        self._undialable = dice.choice([0.0, 0.0, 0.3])
+        self._links = [
+            Link("near"),
+            Link("far", delay_s=far),
+            Link("slow", delay_s=far, up_bytes_s=dice.choice([2e5, 2e6])),
+            Link("lossy", loss=0.02),
+        ]
+        self._dice = dice
+        self._run = Run(options.seed, config, weather, Report("mixed faults", options.seed, self._peers))
+        self.swarm = self._run.swarm
+        self._opened = 0
+
+    def run(self) -> Report:
+        swarm, options, report = self.swarm, self.options, self._run.report
+        for _ in range(self._peers):
+            self._let_in(None)
+        mischief = Mischief(swarm, options.odds, self._dice, self._let_in)
+        try:
+            swarm.run_for(options.storm_s)
+            mischief.stop()
+            report.faults = dict(sorted(mischief.counts.items()))
+            for peer in swarm.living():
+                peer.on_end = None
+            swarm.note("the storm is over")
+            swarm.run_for(80.0)  # calls end, and the leases of the dead run out
+            self._calm()
+        except Stuck as stuck:
+            self._run.liveness.complain(swarm.now, str(stuck))
+        return self._run.finish()
+
+    def _calm(self) -> None:
+        """From now on nothing fails: soon everybody must meet everybody, exactly, and go on to do so."""
+        swarm, rng = self.swarm, self._run.values_of
+        met, odd = 0, ""
+        for _ in range(self.options.settle_averagings):
+            given = {peer: rng.normal(size=self._elements).astype(np.float32) for peer in swarm.living()}
+            calls = {peer: (packed(values), Call(timeout_s=20.0)) for peer, values in given.items()}
+            endings = swarm.average(calls, limit_s=60.0)
+            odd = self._what_is_odd(given, endings)
+            swarm.note(odd or "everybody met everybody, exactly")
+            met = 0 if odd else met + 1
+            if met >= self.options.calm_averagings:
+                self._run.report.grid = next(iter(endings.values())).told.grid
+                return
+        self._run.liveness.complain(swarm.now, f"still not exact after {self.options.settle_averagings} calm: {odd}")
+
+    def _what_is_odd(self, given: dict[Peer, Values], endings: dict[Peer, Ending]) -> str:
+        """Why an averaging of all is not the exact mean of all; empty when it is."""
+        excused = False
+        for peer, ending in endings.items():
+            if ending.receipt and any(UNDIALABLE in receipt.why for receipt in ending.receipt.rounds):
+                excused = True  # a line on which nobody can be dialled is no fault
+            elif ending.receipt is None or ending.receipt.outcome is not Outcome.COMPLETE or ending.receipt.joined:
+                why = ending.receipt.why or "joined" if ending.receipt else str(ending.error)
+                return f"{peer.name} in {ending.receipt.epoch if ending.receipt else '?'}: {why}"
+        if len({(ending.told.epoch, ending.told.grid) for ending in endings.values()}) > 1:
+            return "they met in several averagings"
+        mean = np.mean(np.stack(list(given.values())).astype(np.float64), axis=0)
+        worst = max(float(np.max(np.abs(ending.values - mean))) for ending in endings.values())
+        if self._rounds or excused or worst <= 1e-5:
+            return ""
+        sides = parse_sides(next(iter(endings.values())).told.grid)
+        rounds = [receipt for ending in endings.values() for receipt in ending.told.rounds]
+        holes = sum(len({line.coordinate for line in r.members}) < sides[r.axis] for r in rounds)
+        if not holes:
+            self._run.contraction.complain(self.swarm.now, f"a whole averaging is {worst:.1e} away from the mean")
+        return f"{holes} of {len(rounds)} lines have holes"
+
+    def _let_in(self, restarted: Peer | None) -> None:
+        dice, swarm = self._dice, self.swarm
+        options = options_for(np.zeros(self._elements, np.float32), rounds=self._rounds, joining=self._joining)
+        if restarted is not None:
+            name, last_k, dialable = restarted.name, restarted.machine.last_k, restarted.dialable
+            peer = swarm.open(name, options, last_k=last_k, dialable=dialable, link=swarm.network.link_of(restarted.id))
+        else:
+            name, dialable = f"p{self._opened}", dice.random() >= self._undialable
+            self._opened += 1
+            peer = swarm.open(name, options, dialable=dialable, link=dice.choice(self._links))
+        pace = dice.uniform(0.5, 1.5)
+
+        def draw() -> tuple[Vector, Call]:
+            values = self._run.values_of.normal(size=self._elements).astype(np.float32)
+            return packed(values), Call(weight=dice.choice([0.0, 1.0, 1.0, 2.5]), timeout_s=dice.choice([5.0, 20.0]))
+
+        swarm.train(peer, draw, pause=(0.5 * pace, pace))
