@@ -659,7 +659,7 @@ class AllReduce:
     def _enter_view(self, view: View, now: float) -> None:
         for rank in self._live:
             if rank not in view.live:
-                self._dropped[rank] = self._suspected.get(rank) or view.why
+                self._dropped[rank] = self._suspected.get(rank) or self._reason_in(view, rank)
         self._view, self._opened = view.number, view
         self._live = tuple(sorted(view.live))
         self._able[self._view] = [rank for rank in self._live if self.group.members[rank].dialable]
@@ -786,6 +786,11 @@ class AllReduce:
 
     def _name(self, rank: Rank) -> str:
         return short(self.group.members[rank].peer)
+
+    def _reason_in(self, view: View, rank: Rank) -> str:
+        """What a view says of this member only; see `_seek_view` for how it lists its reasons."""
+        name = f"{self._name(rank)} "
+        return next((part[len(name) :] for part in view.why.split("; ") if part.startswith(name)), view.why)
 
     def _because(self) -> str:
         return f" ({self.why})" if self.why else ""

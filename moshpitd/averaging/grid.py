@@ -90,7 +90,7 @@ class Plan:
     def grid(self) -> str:
         return format_sides(self.sides)
 
-    @property
+    @cached_property
     def precedence(self) -> tuple[int, bytes]:
         """Of two plans the larger one counts."""
         return self.version, digest("signer", self.signer)
@@ -100,6 +100,15 @@ class Plan:
         """The cells of the roster: by position in the order of hash(plan digest, peer id)."""
         order = sorted(self.roster, key=lambda peer: digest(self.digest, peer))
         return dict(zip(order, cells_of(self.sides, len(order)), strict=True))
+
+    @cached_property
+    def lines(self) -> Mapping[tuple[int, Cell], tuple[PeerId, ...]]:
+        """The roster by line: (axis, the coordinates on the other axes)."""
+        lines: dict[tuple[int, Cell], list[PeerId]] = {}
+        for peer, cell in self.cells.items():
+            for axis in range(len(self.sides)):
+                lines.setdefault((axis, line_of(cell, axis)), []).append(peer)
+        return {line: tuple(peers) for line, peers in lines.items()}
 
     def axis(self, k: int, j: int, rounds: int) -> int:
         return (k * rounds + j) % len(self.sides)
@@ -141,9 +150,14 @@ def leadership(grid_key: Key, peer: PeerId) -> bytes:
     return digest("leader", grid_key, peer)
 
 
+@lru_cache(maxsize=1 << 14)
+def _turn(version: int, peer: PeerId) -> bytes:
+    return digest("decider", version, peer)
+
+
 def decider(version: int, live: Iterable[PeerId]) -> PeerId:
     """Who makes the plan of this version."""
-    return min(live, key=lambda peer: digest("decider", version, peer))
+    return min(live, key=lambda peer: _turn(version, peer))
 
 
 def carried_weight(weights: Sequence[float], coordinates: Sequence[int], rank: int) -> float:

@@ -705,7 +705,8 @@ class Matchmaking:
             if not self._late:
                 self._late_until = now + self._config.late_window_s
             self._late[join.applicant.peer] = Application(join.applicant, join.attempt, now, now + join.wait_s)
-            self._answer(join, self._kept(join.attempt))
+            late = len(self._late)
+            self._answer(join, replace(self._kept(join.attempt), present=late, expected=late))
             return
         self._answer(join, self._closed_answer(join.attempt, now))
 

@@ -6,11 +6,12 @@ know rounds, groups or the trainer. Every answer is a function of what was seen;
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 from moshpitd.averaging.grid import (
     FIRST_K_LEAD,
@@ -41,6 +42,7 @@ UNSEEN_S = 60.0
 """Who stands in a plan's roster but was never seen here is believed to be there for so long: rosters come piecemeal,
 and a plan made by one who saw more is no reason for another plan."""
 LEASES_MAX = 8192
+T = TypeVar("T")
 PLAN_PATIENCE_S = 10.0
 """Who announces a plan newer than ours is believed for so long without showing it: then the swarm plans without it."""
 
@@ -94,6 +96,16 @@ class Membership:
         self._heard_over = -1
         self._known: dict[PeerId, Known] = {}
         self._suspects: dict[PeerId, tuple[Incarnation, int]] = {}
+        self._others: dict[PeerId, Known] = {}
+        """The live, unsuspected ones with our terms; follows the two above."""
+        self._crowd = 0
+        """Counts how often somebody came into or left `_others`: what depends only on who is there is kept so long."""
+        self._spoken = 0
+        """Counts how often what somebody's lease says of plans and pins changed."""
+        self._strangers: set[PeerId] = set()
+        """Unsuspected, with other terms."""
+        self._kept: dict[str, tuple[tuple[int, ...], object]] = {}
+        """Answers that cost a look at everybody, with the counts for which they hold."""
         self._gone: set[PeerId] = set()
         """Those whose leases ran out here."""
         self._plans: list[PlanNotice] = []
@@ -128,7 +140,10 @@ class Membership:
         if known and known.incarnation == sighting.incarnation and known.lease.terms == lease.terms:
             # It was announced a while ago; we may have met it since. Counts never go back.
             counts = (max(known.lease.k, lease.k), max(known.lease.last_k, lease.last_k))
-            lease = replace(lease, k=counts[0], last_k=counts[1])
+            if counts != (lease.k, lease.last_k):
+                lease = replace(lease, k=counts[0], last_k=counts[1])
+        if known is None or _says_of_plans(known.lease) != _says_of_plans(lease):
+            self._spoken += 1
         self._known[sighting.peer] = Known(
             lease,
             sighting.incarnation,
@@ -138,21 +153,39 @@ class Membership:
             misses,
             newer_plan_since,
         )
+        self._place(sighting.peer)
+
+    def _place(self, peer: PeerId) -> None:
+        """Count it in or out, after what we know of it changed."""
+        known = self._known.get(peer)
+        suspected = peer in self._suspects
+        if known and not suspected and known.lease.terms == self._terms:
+            self._crowd += peer not in self._others
+            self._others[peer] = known
+        elif self._others.pop(peer, None):
+            self._crowd += 1
+        if known and not suspected and known.lease.terms != self._terms:
+            self._strangers.add(peer)
+        else:
+            self._strangers.discard(peer)
 
     def expire(self, now: float) -> None:
         for peer in [peer for peer, known in self._known.items() if known.expires_at <= now]:
             del self._known[peer]
             self._suspects.pop(peer, None)
             self._gone.add(peer)
+            self._place(peer)
 
     def suspect(self, peer: PeerId) -> None:
         """It did not answer: not expected and no leader until a newer record of it is seen."""
         if known := self._known.get(peer):
             self._suspects[peer] = (known.incarnation, known.sequence)
+            self._place(peer)
 
     def heard(self, peer: PeerId) -> None:
         """It spoke to us over a proved channel: whatever we suspected, it is there."""
-        self._suspects.pop(peer, None)
+        if self._suspects.pop(peer, None):
+            self._place(peer)
 
     def took_part(self, peer: PeerId, k: int) -> None:
         """We met it in averaging k."""
@@ -180,12 +213,8 @@ class Membership:
     # ---- who is there
 
     def others(self) -> dict[PeerId, Known]:
-        """Live, unsuspected sessions with our terms."""
-        return {
-            peer: known
-            for peer, known in self._known.items()
-            if known.lease.terms == self._terms and peer not in self._suspects
-        }
+        """Live, unsuspected sessions with our terms. Ours: not to be changed."""
+        return self._others
 
     def everyone(self) -> dict[PeerId, Known]:
         """All known sessions of this name, whatever their terms."""
@@ -203,6 +232,8 @@ class Membership:
 
     def majority_against_us(self) -> PeerId | None:
         """Somebody whose terms most live sessions share, when ours are not among them; the later joiner loses a tie."""
+        if not self._strangers:
+            return None
         camps = Counter(known.lease.terms for peer, known in self._known.items() if peer not in self._suspects)
         ours = camps.pop(self._terms, 0) + 1
         if not camps or max(camps.values()) < ours:
@@ -221,12 +252,19 @@ class Membership:
         we_are_later = min([self._opened_at, *allies]) >= min(known.opened_at for known in theirs.values())
         return spokesman if we_are_later else None
 
+    def _keep(self, name: str, find: Callable[[], T], *counts: int) -> T:
+        """The answer found before, while these counts are as they were then."""
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != counts:
+            kept = self._kept[name] = (counts, find())
+        return cast(T, kept[1])
+
     # ---- counting
 
     def current_k(self) -> int:
         """The largest k that two live sessions hold; that of the only one; 0 when nobody is there."""
-        held = sorted((known.lease.k for known in self.others().values()), reverse=True)
-        return held[min(1, len(held) - 1)] if held else 0
+        held = heapq.nlargest(2, (known.lease.k for known in self.others().values()))
+        return held[-1] if held else 0
 
     def has_history(self, before: int) -> bool:
         """Whether somebody else took part in an averaging before this one."""
@@ -282,15 +320,19 @@ class Membership:
     def unknown_plan_holder(self, now: float) -> PeerId | None:
         """Somebody who announces a plan newer than ours, and may yet tell us."""
         version = self._plans[-1].plan.version if self._plans else 0
-        newer = {
-            peer: known.lease.plan_version
-            for peer, known in self.others().items()
-            if known.lease.plan_version > version and now < known.newer_plan_since + PLAN_PATIENCE_S
-        }
-        return min(newer, key=lambda peer: (-newer[peer], peer), default=None)
+
+        def announce_newer() -> list[PeerId]:
+            newer = {p: known.lease.plan_version for p, known in self.others().items()}
+            return sorted((p for p in newer if newer[p] > version), key=lambda p: (-newer[p], p))
+
+        holders = self._keep("holders", announce_newer, self._crowd, self._spoken, version)
+        return next((p for p in holders if now < self._others[p].newer_plan_since + PLAN_PATIENCE_S), None)
 
     def strange_plan_holder(self) -> PeerId | None:
         """Somebody who goes by a plan that we never heard of: of two plans of one version one must go."""
+        return self._keep("strange", self._find_strange_plan_holder, self._crowd, self._spoken, len(self._plans_met))
+
+    def _find_strange_plan_holder(self) -> PeerId | None:
         going = {peer: known.lease.plan for peer, known in self.others().items() if known.lease.plan}
         return min((peer for peer, plan in going.items() if plan not in self._plans_met), default=None)
 
@@ -302,7 +344,7 @@ class Membership:
 
     def next_decider(self) -> PeerId:
         version = self._plans[-1].plan.version if self._plans else 0
-        return decider(version + 1, [self._me, *self.others()])
+        return self._keep("decider", lambda: decider(version + 1, [self._me, *self.others()]), self._crowd, version)
 
     def make_plan_if_due(self, k: int, now: float) -> PlanNotice | None:
         """A new plan when one is needed and it is ours to make. `k`: the averaging we are in or take part in next."""
@@ -352,9 +394,11 @@ class Membership:
         newest, decides = self.newest_plan(), self.next_decider()
         if newest is None or decides == self._me or newest.plan.first_k > k:
             return None
-        missing = sorted(peer for peer in newest.plan.roster if peer in self._suspects)
+        missing = sorted(peer for peer in self._suspects if peer in newest.plan.cells)
+        if not missing:
+            return None
         held = [*self._cells_held(newest.plan).values(), *self._cells_unseen(newest.plan, now)]
-        if not missing or not new_plan_due(newest.plan, held, self._limit, pinned=bool(self._pin_in_force())):
+        if not new_plan_due(newest.plan, held, self._limit, pinned=bool(self._pin_in_force())):
             return None
         return decides, tuple(missing[:HOLES_TOLD_MAX])
 
@@ -371,6 +415,9 @@ class Membership:
         return None
 
     def _pin_in_force(self) -> str:
+        return self._keep("pin", self._find_pin_in_force, self._crowd, self._spoken)
+
+    def _find_pin_in_force(self) -> str:
         pins = Counter(known.lease.pin for known in self.others().values() if known.lease.pin)
         if self._pin:
             pins[self._pin] += 1
@@ -442,12 +489,12 @@ class Membership:
 
     def line(self, plan: Plan, axis: int, cell: Cell) -> dict[PeerId, Known]:
         """The other live sessions on this cell's line."""
-        wanted = line_of(cell, axis)
-        return {
-            peer: known
-            for peer, known in self.others().items()
-            if (theirs := self.cell_of(peer, plan)) is not None and line_of(theirs, axis) == wanted
-        }
+        wanted, others = line_of(cell, axis), self.others()
+        line = {peer: others[peer] for peer in plan.lines.get((axis, wanted), ()) if peer in others}
+        for peer in self._keep("joiners", lambda: [p for p in others if p not in plan.cells], self._crowd, id(plan)):
+            if (theirs := self.cell_of(peer, plan)) is not None and line_of(theirs, axis) == wanted:
+                line[peer] = others[peer]
+        return line
 
     def candidates(self, line: dict[PeerId, Known]) -> list[Candidate]:
         return [Candidate(peer, known.lease.address) for peer, known in line.items() if known.lease.dialable]
@@ -472,6 +519,10 @@ class Membership:
 def _keeps_up(lease: Lease, k: int) -> bool:
     """It took part in one of the last two averagings and is not past this one, as far as its lease tells."""
     return lease.last_k + 2 >= lease.k and k - BEHIND_MAX <= lease.k <= k
+
+
+def _says_of_plans(lease: Lease) -> tuple[int, bytes, str]:
+    return lease.plan_version, lease.plan, lease.pin
 
 
 def _fits(cell: Cell, sides: tuple[int, ...]) -> bool:

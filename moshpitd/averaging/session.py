@@ -532,7 +532,9 @@ class Session:
     def _forget_old(self, now: float) -> None:
         """What no late peer can still need."""
         for key in [key for key, m in self._matchmakings.items() if m.round.k < self._next_k - 2]:
-            if self._current is None or self._current.matchmaking is not self._matchmakings[key]:
+            matchmaking = self._matchmakings[key]
+            ours = self._current is not None and self._current.matchmaking is matchmaking
+            if not ours and matchmaking.next_deadline() is None:  # else it leads those who are far behind us
                 del self._matchmakings[key]
         over = [group_id for group_id, r in self._reductions.items() if r.finished and r.idle]
         for group_id in over[:-4]:
@@ -887,8 +889,8 @@ class Session:
                 answer = Closed(key, join.attempt, join.k, join.j, 0.0, *self._can_be_met())
                 self._tell(join.applicant.peer, join.applicant.address, answer)
                 return
-            if len(self._matchmakings) >= MATCHMAKINGS_MAX:
-                raise RemoteProtocolError("too many joins for rounds to come")
+            if len(self._matchmakings) >= MATCHMAKINGS_MAX and not self._make_room(join.k):
+                return
             self._refresh(self._matchmaking(plan, join.k, join.j, axis, cell), now)
         self._matchmakings[key].receive(join, sender, now)
         current = self._current
@@ -918,6 +920,15 @@ class Session:
             matchmaking.give_up(f"averaging {group.k} closed before, and left us out", now)
         else:
             self._pass_on(group.key, begin, sender, now)
+
+    def _make_room(self, k: int) -> bool:
+        """For a round of averaging k, at the cost of one that is farther from where we are."""
+        kept = [m for m in self._matchmakings.values() if m.state is MatchmakingState.KEEPING]
+        farthest = max(kept, key=lambda m: abs(m.round.k - self._next_k), default=None)
+        if farthest is None or abs(farthest.round.k - self._next_k) <= abs(k - self._next_k):
+            return False
+        del self._matchmakings[farthest.round.key]
+        return True
 
     def _pass_on(
         self,
@@ -1035,6 +1046,8 @@ class Session:
                         reduction.suspect(Rank(number), str(wrong), now)
 
     def _keep_early(self, message: ReductionMessage, sender: PeerId) -> None:
+        if self.state is not State.MATCHING:
+            return  # no group that we do not know yet can have us in it
         if isinstance(message, Heartbeat) or (isinstance(message, Holdings) and len(message.views) > EARLY_VIEWS_MAX):
             return
         if sender in self._early or len(self._early) < EARLY_MESSAGES_MAX // EARLY_OF_ONE_MAX:
@@ -1180,6 +1193,7 @@ class Session:
             self._next_k = newest.plan.first_k
         self._result = current.values
         self._current = None
+        self._early.clear()
         self._become(State.IDLE)
         self._count(receipt.outcome.value)
         why = f": {receipt.why}" if receipt.why else ""
@@ -1193,6 +1207,7 @@ class Session:
 
     def _fail(self, error: SessionError) -> None:
         self._current = None
+        self._early.clear()
         self._become(State.IDLE)
         self._count("failed")
         self._log(f"averaging failed: {error}")
