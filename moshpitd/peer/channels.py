@@ -22,10 +22,21 @@ class PeerConfig:
     """A connection without traffic is probed this often, and given up after half of it without an answer."""
     outbox_max: int = 1024
     """Messages that wait for one peer. A peer that reads slower than this is cut off."""
+    outbox_bytes_max: int = 16 << 20
+    """... and their bytes: small questions have large answers."""
     conversations_max: int = 2048
     """Conversations held at once; further ones are refused."""
-    strangers_max: int = 64
-    """Transfers that may wait for a group we have not heard of yet."""
+    conversations_of_one_max: int = 8
+    """... with one peer: it may dial while we do, and again before we noticed that its last connection is dead."""
+    greetings_max: int = 512
+    """Callers that have not proved yet who they are; further ones are refused."""
+    dialling_max: int = 1024
+    """Peers dialled at once; messages to further ones are lost, as those to the dead are."""
+    idle_channels_max: int = 256
+    """Channels kept warm without a stream on them."""
+    strangers_max: int = 1024
+    """Transfers that may wait for a group we have not heard of yet. The oldest makes room: an honest one waits for
+    milliseconds, and nobody has proved anything so far."""
     stranger_patience_s: float = 15.0
     """... and for how long."""
 

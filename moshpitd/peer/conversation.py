@@ -80,7 +80,14 @@ class Conversation:
     """An open conversation. `tell` queues; `run` writes and reads until either side ends it."""
 
     def __init__(
-        self, peer: PeerId, incarnation: Incarnation, *, dialled_by_us: bool, outbox_max: int, address: str = ""
+        self,
+        peer: PeerId,
+        incarnation: Incarnation,
+        *,
+        dialled_by_us: bool,
+        outbox_max: int,
+        outbox_bytes_max: int,
+        address: str = "",
     ) -> None:
         self.peer = peer
         self.incarnation = incarnation
@@ -89,7 +96,12 @@ class Conversation:
         self.heard_at = asyncio.get_running_loop().time()
         self.dial_back: asyncio.Future[bool] | None = None
         """The answer we wait for to our wish to be dialled."""
+        self.dials_back = False
+        """Whether we are dialling it because it wished so: one wish at a time."""
         self._outbox: asyncio.Queue[Frame | None] = asyncio.Queue(outbox_max)
+        self._outbox_bytes = 0
+        self._outbox_bytes_max = outbox_bytes_max
+        self._tasks: list[asyncio.Task[None]] = []
         self._frame = peer_pb2.ConverseRequest if dialled_by_us else peer_pb2.ConverseResponse
 
     def tell(self, session: Key, message: Message) -> None:
@@ -111,11 +123,17 @@ class Conversation:
             self._outbox.get_nowait()
         self._outbox.put_nowait(None)
 
+    def cut(self) -> None:
+        """End it at once: what is queued is lost."""
+        for task in self._tasks:
+            task.cancel()
+
     def _put(self, frame: Frame) -> None:
-        try:
-            self._outbox.put_nowait(frame)
-        except asyncio.QueueFull:
-            raise RemoteProtocolError(f"{short(self.peer)} does not read its messages") from None
+        size = frame.ByteSize()
+        if self._outbox.full() or (self._outbox_bytes and self._outbox_bytes + size > self._outbox_bytes_max):
+            raise RemoteProtocolError(f"{short(self.peer)} does not read its messages")
+        self._outbox_bytes += size
+        self._outbox.put_nowait(frame)
 
     async def run(
         self,
@@ -133,8 +151,9 @@ class Conversation:
 
         reader = asyncio.create_task(read())
         writer = asyncio.create_task(self._write_all(write))
+        self._tasks = [reader, writer]
         try:
-            await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (reader, writer):
                 task.cancel()
@@ -145,4 +164,5 @@ class Conversation:
 
     async def _write_all(self, write: Callable[..., Awaitable[object]]) -> None:
         while (frame := await self._outbox.get()) is not None:
+            self._outbox_bytes -= frame.ByteSize()
             await write(frame)

@@ -11,9 +11,11 @@ import asyncio
 import errno
 import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, cast
 
 import grpc
 import grpc.aio
@@ -70,6 +72,25 @@ class Streams:
     bells: dict[Rank, asyncio.Event] = field(default_factory=dict)
     closing: bool = False
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    served: set[Rank] = field(default_factory=set)
+    """Members whose transfer we serve: one each."""
+
+
+@dataclass(eq=False)
+class Stranger:
+    """A transfer that waits for its group."""
+
+    group_id: GroupId
+    may_go: asyncio.Event
+    """The group is here, or somebody newer needs the place."""
+
+
+@dataclass
+class Warm:
+    """A channel and how many streams use it."""
+
+    channel: grpc.aio.Channel
+    users: int = 0
 
 
 class PeerDoor:
@@ -85,11 +106,13 @@ class PeerDoor:
         self._introduction = Introduction(identity, swarm)
         self._server = channels.new_server(config)
         self._health = HealthServicer()
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: OrderedDict[str, Warm] = OrderedDict()
+        """By address, the longest idle first."""
         self._conversations: dict[PeerId, list[Conversation]] = {}
         self._dialling: dict[PeerId, list[tuple[Key, Message]]] = {}
         self._streams: dict[GroupId, Streams] = {}
-        self._arrivals: dict[GroupId, asyncio.Event] = {}
+        self._strangers: dict[Stranger, None] = {}
+        self._greetings = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._announced = Address("")
         self._dialable_known = False
@@ -99,11 +122,9 @@ class PeerDoor:
     async def open(cls, host: str, port: int, *, identity: Identity, swarm_id: bytes, config: PeerConfig) -> PeerDoor:
         """Take a TCP port (0: any free one, see `port`). Raises OSError, EADDRINUSE for a taken one."""
         door = cls(identity, swarm_id, config)
-        handlers = {
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, peer_pb2.ConverseResponse]] = {
             "Converse": grpc.stream_stream_rpc_method_handler(
-                door._serve_conversation,
-                request_deserializer=peer_pb2.ConverseRequest.FromString,
-                response_serializer=peer_pb2.ConverseResponse.SerializeToString,
+                door._serve_conversation, response_serializer=peer_pb2.ConverseResponse.SerializeToString
             ),
             "Transfer": grpc.stream_stream_rpc_method_handler(door._serve_transfer),
         }
@@ -140,8 +161,8 @@ class PeerDoor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.stop(grace_s)
-        for channel in self._channels.values():
-            await channel.close()
+        for warm in self._channels.values():
+            await warm.channel.close()
 
     # ---- messages
 
@@ -155,18 +176,20 @@ class PeerDoor:
                 conversation.tell(session, message)
             except RemoteProtocolError as wrong:
                 log.warning("%s", wrong)
-                conversation.end()
+                conversation.cut()
         elif peer in self._dialling:
             waiting = self._dialling[peer]
             if len(waiting) < self._config.outbox_max:
                 waiting.append((session, message))
-        elif address:
+        elif address and len(self._dialling) < self._config.dialling_max:
             self._dialling[peer] = [(session, message)]
             self._spawn(self._dial(peer, address))
 
     def meet(self, peer: PeerId, address: str) -> None:
         """Have a conversation with this peer, for its own sake."""
-        if self._conversation_with(peer) is None and peer not in self._dialling and peer != self._identity.peer_id:
+        if self._conversation_with(peer) is not None or peer in self._dialling or peer == self._identity.peer_id:
+            return
+        if len(self._dialling) < self._config.dialling_max:
             self._dialling[peer] = []
             self._spawn(self._dial(peer, address))
 
@@ -182,7 +205,7 @@ class PeerDoor:
         why = f"could not be dialled at {address}"
         try:
             why = await self._converse(peer, address)
-        except (TimeoutError, grpc.aio.AioRpcError, OSError) as error:
+        except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError, OSError) as error:
             refused = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.FAILED_PRECONDITION
             detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
             log.info("%s %s: %s", short(peer), why, detail or type(error).__name__)
@@ -198,30 +221,38 @@ class PeerDoor:
 
     async def _converse(self, peer: PeerId, address: str) -> str:
         """Dial, prove, converse to the end; returns why it ended."""
-        channel = self._channel(address)
-        call = _converse(channel)
-        try:
-            async with asyncio.timeout(self._config.dial_timeout_s):
-                theirs = await self._hello(call, peer, address)
-            conversation = Conversation(
-                peer,
-                Incarnation(theirs.incarnation),
-                dialled_by_us=True,
-                outbox_max=self._config.outbox_max,
-                address=address,
-            )
-            self._enter(conversation)
-            for session, message in self._dialling.pop(peer, []):
-                conversation.tell(session, message)
+        async with self._channel(address) as channel:
+            call = _converse(channel)
             try:
-                await conversation.run(_frames(call), call.write, self._hear)
-                return "ended the conversation"
-            except grpc.aio.AioRpcError as error:
-                return f"connection lost ({error.code().name.lower()})"
+                async with asyncio.timeout(self._config.dial_timeout_s):
+                    theirs = await self._hello(call, peer, address)
+                conversation = self._conversation(peer, theirs, dialled_by_us=True, address=address)
+                self._enter(conversation)
+                try:
+                    for session, message in self._dialling.pop(peer, []):
+                        conversation.tell(session, message)
+                    await conversation.run(_responses(call), call.write, self._hear)
+                    return "ended the conversation"
+                except grpc.aio.AioRpcError as error:
+                    return f"connection lost ({error.code().name.lower()})"
+                except asyncio.InvalidStateError:  # we wrote before we read that it hung up
+                    return "ended the conversation"
+                finally:
+                    self._leave(conversation)
             finally:
-                self._leave(conversation)
-        finally:
-            call.cancel()
+                call.cancel()
+
+    def _conversation(
+        self, peer: PeerId, theirs: peer_pb2.Hello, *, dialled_by_us: bool, address: str = ""
+    ) -> Conversation:
+        return Conversation(
+            peer,
+            Incarnation(theirs.incarnation),
+            dialled_by_us=dialled_by_us,
+            outbox_max=self._config.outbox_max,
+            outbox_bytes_max=self._config.outbox_bytes_max,
+            address=address,
+        )
 
     async def _hello(
         self,
@@ -233,9 +264,9 @@ class PeerDoor:
         ours = self._introduction.hello(secrets.token_bytes(32))
         await call.write(peer_pb2.ConverseRequest(hello=ours))
         answer = await call.read()
-        if not isinstance(answer, peer_pb2.ConverseResponse):
+        if not isinstance(answer, bytes):
             raise RemoteProtocolError(f"no hello from {address}: {await call.details()}")
-        theirs = answer.hello
+        theirs = wire.frame_from(peer_pb2.ConverseResponse, answer).hello
         who = self._introduction.check(theirs)
         if not proof_holds(theirs.signature, "dialled", theirs, ours, theirs):
             raise RemoteProtocolError("its hello is not signed by its key")
@@ -248,17 +279,22 @@ class PeerDoor:
 
     async def _serve_conversation(
         self,
-        requests: AsyncIterator[peer_pb2.ConverseRequest],
-        context: grpc.aio.ServicerContext[peer_pb2.ConverseRequest, peer_pb2.ConverseResponse],
+        requests: AsyncIterator[bytes],
+        context: grpc.aio.ServicerContext[bytes, peer_pb2.ConverseResponse],
     ) -> None:
-        incoming = requests.__aiter__()
+        incoming = (wire.frame_from(peer_pb2.ConverseRequest, raw) async for raw in requests)
+        self._greetings += 1
         try:
             async with asyncio.timeout(self._config.dial_timeout_s):
+                if self._greetings > self._config.greetings_max:
+                    raise RemoteProtocolError("too many callers here that have not said who they are")
                 first = await anext(incoming)
                 dialler = first.hello
                 who = self._introduction.check(dialler)
                 if sum(map(len, self._conversations.values())) >= self._config.conversations_max:
                     raise RemoteProtocolError("too many conversations here")
+                if len(self._conversations.get(who, ())) >= self._config.conversations_of_one_max:
+                    raise RemoteProtocolError("too many conversations of yours here")
                 ours = self._introduction.hello(secrets.token_bytes(32))
                 ours.signature = self._introduction.sign("dialled", dialler, ours)
                 await context.write(peer_pb2.ConverseResponse(hello=ours))
@@ -267,9 +303,9 @@ class PeerDoor:
                 raise RemoteProtocolError("the proof is not signed by the hello's key")
         except (RemoteProtocolError, StopAsyncIteration, TimeoutError) as wrong:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(wrong) or "no hello")
-        conversation = Conversation(
-            who, Incarnation(dialler.incarnation), dialled_by_us=False, outbox_max=self._config.outbox_max
-        )
+        finally:
+            self._greetings -= 1
+        conversation = self._conversation(who, dialler, dialled_by_us=False)
         self._enter(conversation)
         why = "connection lost"
         try:
@@ -302,7 +338,9 @@ class PeerDoor:
                 session, message = wire.opened(frame.envelope)
                 self._inbox.message_received(session, conversation.peer, message)
             case "dial_back_wanted":
-                self._spawn(self._try_dialling(conversation, frame.dial_back_wanted.address))
+                if not conversation.dials_back:
+                    conversation.dials_back = True
+                    self._spawn(self._try_dialling(conversation, frame.dial_back_wanted.address))
             case "dial_back_notice":
                 if conversation.dial_back is not None and not conversation.dial_back.done():
                     conversation.dial_back.set_result(frame.dial_back_notice.reachable)
@@ -336,15 +374,17 @@ class PeerDoor:
                 async with asyncio.timeout(self._config.dial_timeout_s):
                     await call.write(peer_pb2.ConverseRequest(hello=self._introduction.hello(secrets.token_bytes(32))))
                     answer = await call.read()
-                who = peer_id(answer.hello.public_key) if isinstance(answer, peer_pb2.ConverseResponse) else None
             finally:
                 call.cancel()
-            reachable = who == conversation.peer
-        except (grpc.aio.AioRpcError, TimeoutError, OSError):
+            hello = wire.frame_from(peer_pb2.ConverseResponse, answer).hello if isinstance(answer, bytes) else None
+            reachable = hello is not None and peer_id(hello.public_key) == conversation.peer
+        except (RemoteProtocolError, grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError, OSError):
             reachable = False
         finally:
             await channel.close()
-        conversation.answer_dial_back(address, reachable=reachable)
+            conversation.dials_back = False
+        with suppress(RemoteProtocolError):  # it does not read: its next message ends the conversation
+            conversation.answer_dial_back(address, reachable=reachable)
 
     # ---- chunks
 
@@ -359,8 +399,9 @@ class PeerDoor:
             if self._dials(group.members[rank], rank, member, Rank(other)):
                 task = self._spawn(self._dial_transfer(streams, Rank(other), member))
                 streams.tasks.append(task)
-        if arrival := self._arrivals.pop(group.group_id, None):
-            arrival.set()
+        for stranger in self._strangers:
+            if stranger.group_id == group.group_id:
+                stranger.may_go.set()
 
     def close_streams(self, group_id: GroupId) -> None:
         """The group is done: transfers end once what is on its way has been written."""
@@ -384,7 +425,6 @@ class PeerDoor:
 
     async def _dial_transfer(self, streams: Streams, rank: Rank, member: Member) -> None:
         group = streams.group
-        call = _transfer(self._channel(member.address))
         signature = self._identity.sign("transfer", self._swarm, group.group_id, group.token, member.peer.encode())
         first = peer_pb2.TransferRequest(
             open=peer_pb2.TransferOpen(
@@ -395,17 +435,19 @@ class PeerDoor:
                 session=streams.session,
             )
         )
-        try:
-            await call.write(first.SerializeToString())
-            reader = asyncio.create_task(self._read_chunks(streams, rank, _frames(call)))
-            writer = asyncio.create_task(self._write_chunks(streams, rank, call.write, call.done_writing))
-            await self._both(reader, writer)
-        except grpc.aio.AioRpcError as error:
-            self._broken(streams, rank, f"its stream broke ({error.code().name.lower()})")
-        except (RemoteProtocolError, asyncio.InvalidStateError) as wrong:
-            self._broken(streams, rank, str(wrong))
-        finally:
-            call.cancel()
+        async with self._channel(member.address) as channel:
+            call = _transfer(channel)
+            try:
+                await call.write(first.SerializeToString())
+                reader = asyncio.create_task(self._read_chunks(streams, rank, _frames(call)))
+                writer = asyncio.create_task(self._write_chunks(streams, rank, call.write, call.done_writing))
+                await self._both(reader, writer)
+            except grpc.aio.AioRpcError as error:
+                self._broken(streams, rank, f"its stream broke ({error.code().name.lower()})")
+            except (RemoteProtocolError, asyncio.InvalidStateError) as wrong:
+                self._broken(streams, rank, str(wrong))
+            finally:
+                call.cancel()
 
     async def _serve_transfer(
         self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
@@ -413,10 +455,11 @@ class PeerDoor:
         incoming = requests.__aiter__()
         try:
             async with asyncio.timeout(self._config.dial_timeout_s):
-                first = peer_pb2.TransferRequest.FromString(await anext(incoming)).open
+                first = wire.frame_from(peer_pb2.TransferRequest, await anext(incoming)).open
             streams, rank = await self._admit_transfer(first)
-        except (RemoteProtocolError, StopAsyncIteration, ValueError, TimeoutError) as wrong:
+        except (RemoteProtocolError, StopAsyncIteration, TimeoutError) as wrong:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(wrong) or "no opening")
+        streams.served.add(rank)
         reader = asyncio.create_task(self._read_chunks(streams, rank, incoming))
         writer = asyncio.create_task(self._write_chunks(streams, rank, context.write, None))
         try:
@@ -446,19 +489,7 @@ class PeerDoor:
         group_id = GroupId(opening.group_id)
         if len(group_id) != 16:
             raise RemoteProtocolError("a transfer of no group")
-        if group_id not in self._streams:
-            if len(self._arrivals) >= self._config.strangers_max and group_id not in self._arrivals:
-                raise RemoteProtocolError("too many transfers of unknown groups")
-            arrival = self._arrivals.setdefault(group_id, asyncio.Event())
-            try:
-                async with asyncio.timeout(self._config.stranger_patience_s):
-                    await arrival.wait()
-            except TimeoutError:
-                self._arrivals.pop(group_id, None)
-                raise RemoteProtocolError("no such group here") from None
-        streams = self._streams.get(group_id)
-        if streams is None:
-            raise RemoteProtocolError("that group is over here")
+        streams = self._streams.get(group_id) or await self._await_group(group_id)
         group = streams.group
         if opening.rank >= len(group.members) or opening.rank == streams.rank:
             raise RemoteProtocolError("a transfer of an impossible rank")
@@ -467,7 +498,26 @@ class PeerDoor:
         signed = (self._swarm, group.group_id, group.token, self._identity.peer_id.encode())
         if not verify(opening.public_key, opening.signature, "transfer", *signed):
             raise RemoteProtocolError("a transfer that is not signed")
+        if opening.rank in streams.served:
+            raise RemoteProtocolError("a second transfer of the same two")
         return streams, Rank(opening.rank)
+
+    async def _await_group(self, group_id: GroupId) -> Streams:
+        if len(self._strangers) >= self._config.strangers_max:
+            for oldest in [stranger for stranger in self._strangers if not stranger.may_go.is_set()][:1]:
+                oldest.may_go.set()
+        stranger = Stranger(group_id, asyncio.Event())
+        self._strangers[stranger] = None
+        with suppress(TimeoutError):
+            try:
+                async with asyncio.timeout(self._config.stranger_patience_s):
+                    await stranger.may_go.wait()
+            finally:
+                del self._strangers[stranger]
+        streams = self._streams.get(group_id)
+        if streams is None:
+            raise RemoteProtocolError("no such group here")
+        return streams
 
     async def _read_chunks(self, streams: Streams, rank: Rank, frames: AsyncIterator[bytes]) -> None:
         async for frame in frames:
@@ -492,11 +542,21 @@ class PeerDoor:
 
     # ---- small things
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = channels.dial(address, self._config)
-        return channel
+    @asynccontextmanager
+    async def _channel(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
+        """For as long as a stream uses it, and a while longer: whoever invents addresses must not fill our memory."""
+        warm = self._channels.get(address)
+        if warm is None:
+            warm = self._channels[address] = Warm(channels.dial(address, self._config))
+        warm.users += 1
+        try:
+            yield warm.channel
+        finally:
+            warm.users -= 1
+            self._channels.move_to_end(address)
+            idle = [name for name, one in self._channels.items() if not one.users]
+            for name in idle[: max(0, len(idle) - self._config.idle_channels_max)]:
+                await self._channels.pop(name).channel.close()
 
     def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -527,15 +587,19 @@ class _Nobody:
         pass
 
 
-_ConverseCall = grpc.aio.StreamStreamCall[peer_pb2.ConverseRequest, peer_pb2.ConverseResponse]
+_ConverseCall = grpc.aio.StreamStreamCall[peer_pb2.ConverseRequest, bytes]
 _TransferCall = grpc.aio.StreamStreamCall[bytes, bytes]
-_Answer = TypeVar("_Answer", peer_pb2.ConverseResponse, bytes)
 
 
 def _converse(channel: grpc.aio.Channel) -> _ConverseCall:
-    to_bytes, from_bytes = peer_pb2.ConverseRequest.SerializeToString, peer_pb2.ConverseResponse.FromString
-    call = channel.stream_stream(_CONVERSE, request_serializer=to_bytes, response_deserializer=from_bytes)()
-    return cast(_ConverseCall, call)
+    """What comes is read as bytes: gRPC would end the stream with a traceback for what is no protobuf."""
+    to_bytes = peer_pb2.ConverseRequest.SerializeToString
+    return cast(_ConverseCall, channel.stream_stream(_CONVERSE, request_serializer=to_bytes)())
+
+
+async def _responses(call: _ConverseCall) -> AsyncIterator[Frame]:
+    async for raw in _frames(call):
+        yield wire.frame_from(peer_pb2.ConverseResponse, raw)
 
 
 def _transfer(channel: grpc.aio.Channel) -> _TransferCall:
@@ -551,10 +615,10 @@ class _Done(Protocol):
     async def __call__(self) -> None: ...
 
 
-async def _frames(call: grpc.aio.StreamStreamCall[Any, _Answer]) -> AsyncIterator[_Answer]:
+async def _frames(call: _ConverseCall | _TransferCall) -> AsyncIterator[bytes]:
     """What the other side sends, to its clean end; an unclean one raises AioRpcError."""
     while (frame := await call.read()) is not grpc.aio.EOF:
-        yield cast(_Answer, frame)
+        yield cast(bytes, frame)
     if await call.code() is not grpc.StatusCode.OK:
         raise grpc.aio.AioRpcError(
             await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()

@@ -1,0 +1,1 @@
+"""What a hostile peer can send, and what must not come of it."""
