@@ -105,6 +105,8 @@ class Config:
     """How chunks travel between peers."""
     vector_bytes_max: int
     """The largest vector a trainer may hand in; the guard of this machine's memory."""
+    shared_memory_dir: str
+    """Where memory shared with trainers is made: `auto`, `off` or a directory."""
     log_level: Literal["debug", "info", "warning", "error"]
     preset: Preset
     rooms: Mapping[str, Mapping[str, Scalar]]
@@ -156,6 +158,7 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Config:
         drain_timeout_s=layers.one("drain_timeout", _seconds, 20.0),
         transport=layers.one("transport", _one_of("grpc"), "grpc"),
         vector_bytes_max=layers.one("vector_bytes_max", _bytes, 4 << 30, "4GiB"),
+        shared_memory_dir=layers.one("shared_memory_dir", _shared_memory_dir, "auto"),
         log_level=layers.one("log_level", _one_of("debug", "info", "warning", "error"), "info"),
         preset=preset,
         rooms=rooms,
@@ -364,6 +367,10 @@ def _socket(text: str) -> Path:
     if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
         raise ValueError(f"is longer than the {SOCKET_PATH_BYTES_MAX} bytes a Unix socket's path may have")
     return path
+
+
+def _shared_memory_dir(text: str) -> str:
+    return text if text in ("auto", "off") else str(_path(text))
 
 
 def _grid(text: str) -> tuple[int, ...] | None:

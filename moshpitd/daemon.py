@@ -181,7 +181,11 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
     directory_config = dataclasses.replace(
         config.room("directory", DirectoryConfig), remembered_file=config.data_dir / "peers"
     )
-    local_config = dataclasses.replace(config.room("local", LocalConfig), vector_bytes_max=config.vector_bytes_max)
+    local_config = dataclasses.replace(
+        config.room("local", LocalConfig),
+        vector_bytes_max=config.vector_bytes_max,
+        shared_memory_dir=config.shared_memory_dir,
+    )
     peer_config = config.room("peer", PeerConfig)
     session_config = dataclasses.replace(
         config.room("session", SessionConfig),
@@ -228,6 +232,7 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
             counters.gauge("ready", lambda: daemon.ready)
             counters.gauge("peers", lambda: daemon.peers)
             counters.gauge("sessions", lambda: len(driver.sessions()))
+            counters.gauge("tasks", lambda: len(asyncio.all_tasks()))
             http = HttpDoor(daemon, counters)
             try:
                 await http.open(config.http.host, config.http.port)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -199,9 +199,15 @@ class Driver:
         self._by_key.pop(running.machine.key, None)
 
     async def average(
-        self, session_id: str, call: Call, vector: Vector, progress: Callable[[ProgressNote], None]
+        self,
+        session_id: str,
+        call: Call,
+        vector: Vector,
+        progress: Callable[[ProgressNote], None],
+        spares: Sequence[Vector] = (),
     ) -> Averaged:
-        """Average. Cancelling the caller detaches it: the round is finished for the others and discarded."""
+        """Average; the result lies in one of the spares, as far as they reach. Cancelling the caller detaches it: the
+        round is finished for the others and discarded, and until it is over vector and spares are still in use."""
         if self._draining:
             raise Unavailable("the daemon is leaving: no new rounds")
         call.check()
@@ -210,7 +216,7 @@ class Driver:
         if running is None:
             raise SessionNotFound(f"no session {session_id!r}: open one first (the daemon may have been restarted)")
         call = await self._once_free(running, call)
-        ending = running.start(call, vector, progress)
+        ending = running.start(call, vector, progress, spares)
         try:
             return await asyncio.shield(ending)
         except asyncio.CancelledError:
@@ -426,14 +432,16 @@ class Running:
         self._looking_up: set[Key] = set()
         self._stopped = False
 
-    def start(self, call: Call, vector: Vector, progress: Callable[[ProgressNote], None]) -> asyncio.Future[Averaged]:
+    def start(
+        self, call: Call, vector: Vector, progress: Callable[[ProgressNote], None], spares: Sequence[Vector]
+    ) -> asyncio.Future[Averaged]:
         """Raises the SessionError of a call that can never work."""
         if self.ending is not None and not self.ending.done():
             raise Precondition("an averaging of this session is still under way: await it first")
         ending: asyncio.Future[Averaged] = self._loop.create_future()
         self.ending, self.progress = ending, progress
         try:
-            self.feed(partial(self.machine.start, call, vector))
+            self.feed(partial(self.machine.start, call, vector, spares=spares))
         except SessionError:
             self.ending = None
             raise

@@ -42,6 +42,8 @@ def status(message: pb.GetStatusResponse) -> Json:
                 "vector_bytes": session.vector_bytes,
                 "averagings": dict(session.averagings),
                 "codec": session.codec,
+                "transport": session.transport,
+                "transport_why": session.transport_why,
             }
             for session in message.sessions
         ],

@@ -30,7 +30,7 @@ def status(message: pb.GetStatusResponse) -> None:
     console = Console()
     console.print(facts, soft_wrap=True)
     if message.sessions:
-        table = _table("session", "state", "epoch", "grid", "cell", "live", "vector", "codec", "averagings")
+        table = _table("session", "state", "epoch", "grid", "cell", "live", "vector", "codec", "trainer", "averagings")
         for session in message.sessions:
             table.add_row(
                 escape(session.name),
@@ -41,6 +41,7 @@ def status(message: pb.GetStatusResponse) -> None:
                 str(session.live_sessions),
                 amount(session.vector_bytes),
                 escape(session.codec),
+                escape(f"{session.transport}: {session.transport_why}" if session.transport_why else session.transport),
                 ", ".join(f"{count} {name}" for name, count in sorted(session.averagings.items()) if count) or "-",
             )
         console.print(table)

@@ -46,7 +46,7 @@ class SocketClaim:
         if len(os.fsencode(path)) > PATH_BYTES_MAX:
             raise ClaimError(f"socket path {path} is longer than {PATH_BYTES_MAX} bytes: give a shorter one (--socket)")
         try:
-            _private_directory(path.parent)
+            private_directory(path.parent, "--socket")
             lock = _lock(path)
             path.unlink(missing_ok=True)
         except OSError as error:
@@ -59,23 +59,25 @@ class SocketClaim:
         os.close(self._lock)
 
 
-def _private_directory(directory: Path) -> None:
+def private_directory(directory: Path, option: str) -> None:
+    """Make the directory, or see that nobody else can enter it. Raises UnsafeDirectory, naming the option that gives
+    another one, and OSError."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         directory.mkdir(mode=0o700)
     except FileExistsError:
         found = directory.stat()
         if not stat.S_ISDIR(found.st_mode):
-            raise UnsafeDirectory(f"{directory} is not a directory: give another socket path (--socket)") from None
+            raise UnsafeDirectory(f"{directory} is not a directory: give another path ({option})") from None
         if found.st_uid != os.geteuid():
             raise UnsafeDirectory(
                 f"directory {directory} belongs to user {found.st_uid}, not to you ({os.geteuid()}): "
-                "give a socket path in a directory of your own (--socket)"
+                f"give a path in a directory of your own ({option})"
             ) from None
         if found.st_mode & 0o077:
             raise UnsafeDirectory(
                 f"directory {directory} is open to others (mode {stat.S_IMODE(found.st_mode):04o}): "
-                f"run `chmod 700 {directory}`, or give another socket path (--socket)"
+                f"run `chmod 700 {directory}`, or give another path ({option})"
             ) from None
 
 

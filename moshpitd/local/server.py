@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import urllib.parse
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,16 +23,17 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from moshpitd.averaging.errors import Exhausted, InvalidInput, NoGroup, SessionNotFound, Unavailable
+from moshpitd.averaging.errors import Exhausted, InvalidInput, NoGroup, Precondition, SessionNotFound, Unavailable
 from moshpitd.averaging.receipt import Outcome
-from moshpitd.averaging.session import Call
+from moshpitd.averaging.session import Call, SessionOptions
 from moshpitd.averaging.vector import Layout, Vector
 from moshpitd.driver import Averaged, Driver, ProgressNote
 from moshpitd.local import translate
 from moshpitd.local.claim import ClaimError, SocketClaim
+from moshpitd.local.shared_memory import AUTO, NoSharedMemory, Offer, SharedBuffers, SharedMemoryDirectory
 from moshpitd.local.statuses import Answering
-from moshpitd.local.transfer import MESSAGE_BYTES_MAX, AverageContext, StreamTransfer, Transfer
-from moshpitd.local.translate import DaemonInfo
+from moshpitd.local.transfer import MESSAGE_BYTES_MAX, AverageContext, SharedTransfer, StreamTransfer, Transfer
+from moshpitd.local.translate import DaemonInfo, LocalHop
 from moshpitd.local.v1 import daemon_pb2 as pb
 from moshpitd.local.v1 import daemon_pb2_grpc as pb_grpc
 
@@ -40,6 +42,9 @@ TIMEOUT_MIN_S = 0.001
 """What a call has left whose values came in its last moment: zero is no timeout."""
 ROUNDS_LISTED = 20
 ROUNDS_LISTED_MAX = 1000
+WHY_NOT_LENGTH_MAX = 300
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,9 @@ class LocalConfig:
     """Of one session's vector; the daemon holds a few copies of it while it averages."""
     calls_max: int = 256
     """Calls at once; every open session is one."""
+    shared_memory_dir: str = AUTO
+    """Where files shared with trainers are made: a directory, best of a memory file system, `auto` for /dev/shm, `off`.
+    A session takes up to three times its vector there, instead of as much in the daemon's and the trainer's memory."""
     keepalive_s: float = 10.0
     """How often a silent client is pinged. A dead client is noticed at once by its closed socket, unless a child it
     forked holds the socket open; then by this."""
@@ -122,10 +130,24 @@ class _OpenSession:
     session_id: str
     name: str
     layout: Layout
+    offer: Offer | None = None
+    """Shared memory that the trainer has not answered yet."""
+    buffers: SharedBuffers | None = None
+    why_stream: str = "the trainer has not mapped its shared memory yet"
+    """While there are no buffers."""
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the one averaging in progress. Others wait instead of being refused: the end of a cancelled call may
     reach us after the client's next one."""
+
+    @property
+    def hop(self) -> LocalHop:
+        return LocalHop("stream", self.why_stream) if self.buffers is None else LocalHop("shared-memory")
+
+    def stream(self, why: str) -> None:
+        """There is no shared memory, or none any more to be had."""
+        self.why_stream = why
+        log.info("session %s streams its values: %s", self.name, why)
 
     @asynccontextmanager
     async def taking_turns(self, deadline: float) -> AsyncIterator[None]:
@@ -145,6 +167,8 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
         self._driver = driver
         self._info = info
         self._config = config
+        self._memory = SharedMemoryDirectory(config.shared_memory_dir)
+        self._memory.sweep()
         self._sessions: dict[str, _OpenSession] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._leaving = False
@@ -166,12 +190,42 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
             session = _OpenSession(await self._driver.open_session(options), options.name, options.layout)
             self._sessions[session.session_id] = session
             try:
-                await context.write(pb.OpenSessionResponse(session_id=session.session_id))
+                first = pb.OpenSessionResponse(session_id=session.session_id)
+                if request.shared_memory:
+                    await self._offer(session, options)
+                else:
+                    session.stream("the trainer did not ask for shared memory")
+                if session.offer is not None:
+                    first.shared_memory.CopyFrom(translate.offer_message(session.offer))
+                await context.write(first)
                 await session.closed.wait()
                 self._refuse_when_leaving()
             finally:
+                if session.offer is not None:
+                    session.offer.withdraw()
                 del self._sessions[session.session_id]
                 await self._close(session.session_id)
+
+    async def AttachSharedMemory(
+        self,
+        request: pb.AttachSharedMemoryRequest,
+        context: grpc.aio.ServicerContext[pb.AttachSharedMemoryRequest, pb.AttachSharedMemoryResponse],
+    ) -> pb.AttachSharedMemoryResponse:
+        async with Answering(context):
+            session = self._session(request.session_id)
+            offer, session.offer = session.offer, None
+            if offer is None:
+                raise Precondition("this session has no offer of shared memory to answer: stream the values")
+            if request.why_not:
+                offer.withdraw()
+                session.stream(f"the trainer cannot share memory: {request.why_not[:WHY_NOT_LENGTH_MAX]}")
+                return pb.AttachSharedMemoryResponse()
+            try:
+                session.buffers = offer.accept(request.proof)
+            except NoSharedMemory as error:
+                session.stream(str(error))
+                raise Precondition(f"{error}; until then stream the values") from error
+        return pb.AttachSharedMemoryResponse()
 
     async def CloseSession(
         self,
@@ -193,8 +247,13 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
             call = translate.average_call(start.start)
             deadline = asyncio.get_running_loop().time() + call.timeout_s
             self._refuse_when_leaving()
+            transfer: Transfer = StreamTransfer(context)
+            if start.start.shared_memory:
+                if session.buffers is None:
+                    raise Precondition("this session has no shared memory: stream the values")
+                transfer = SharedTransfer(session.buffers, transfer)
             async with session.taking_turns(deadline):
-                await self._average(session, call, deadline, StreamTransfer(context), context)
+                await self._average(session, call, deadline, transfer, context)
 
     async def GetStatus(
         self,
@@ -202,7 +261,8 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
         context: grpc.aio.ServicerContext[pb.GetStatusRequest, pb.GetStatusResponse],
     ) -> pb.GetStatusResponse:
         async with Answering(context):
-            return translate.status_message(self._info, self._driver.sessions(), draining=self._driver.draining)
+            hops = {session.session_id: session.hop for session in self._sessions.values()}
+            return translate.status_message(self._info, self._driver.sessions(), hops, draining=self._driver.draining)
 
     async def ListPeers(
         self,
@@ -250,13 +310,13 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
             vector = await transfer.contribution(session.layout)
         left = deadline - asyncio.get_running_loop().time()
         call = dataclasses.replace(call, timeout_s=max(left, TIMEOUT_MIN_S))
-        averaged = await self._telling_progress(session, call, vector, context)
+        averaged = await self._telling_progress(session, call, vector, transfer, context)
         await context.write(pb.AverageResponse(receipt=translate.receipt_message(session.name, averaged.receipt)))
         if averaged.receipt.outcome is not Outcome.ALONE:
             await transfer.result(averaged.vector)
 
     async def _telling_progress(
-        self, session: _OpenSession, call: Call, vector: Vector, context: AverageContext
+        self, session: _OpenSession, call: Call, vector: Vector, transfer: Transfer, context: AverageContext
     ) -> Averaged:
         """The averaging, in a task of its own while its notes are written; a slow reader misses all but the newest."""
         notes: list[ProgressNote] = []
@@ -266,7 +326,9 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
             notes[:] = [note]
             news.set()
 
-        averaging = asyncio.create_task(self._driver.average(session.session_id, call, vector, tell))
+        averaging = asyncio.create_task(
+            self._driver.average(session.session_id, call, vector, tell, spares=transfer.spares)
+        )
         averaging.add_done_callback(lambda _: news.set())
         try:
             while not averaging.done():
@@ -282,6 +344,12 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
                 # Only when we are cancelled ourselves: the driver detaches, and nobody else may leave before it has.
                 await asyncio.wait([averaging])
         return averaging.result()
+
+    async def _offer(self, session: _OpenSession, options: SessionOptions) -> None:
+        try:
+            session.offer = await self._memory.offer(options.layout, results=1 if options.rounds == 1 else 2)
+        except NoSharedMemory as error:
+            session.stream(str(error))
 
     async def _close(self, session_id: str) -> None:
         """Close at the driver, also when the caller of the call that wants it is cancelled meanwhile."""

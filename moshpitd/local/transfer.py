@@ -1,18 +1,21 @@
 """How a contribution comes in from the trainer and its result goes back.
 
-Knows chunks, their order and what no chunk may hold. Does not know sessions or peers. `Transfer` is the seam: streaming
-over the socket is the way that every language has; a transfer through shared memory is another class with this face.
+Knows chunks, their order and what no value may be. Does not know sessions or peers. `Transfer` is the seam: streaming
+over the socket is the way that every language has, shared memory saves its copies.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import grpc.aio
 
 from moshpitd.averaging.errors import InvalidInput
 from moshpitd.averaging.vector import DTYPES, Layout, Vector, first_non_finite
+from moshpitd.local.shared_memory import SharedBuffers
 from moshpitd.local.v1 import daemon_pb2 as pb
 
 CHUNK_BYTES = 1 << 20
@@ -22,11 +25,19 @@ CHUNK_BYTES_MAX = 4 << 20
 MESSAGE_BYTES_MAX = CHUNK_BYTES_MAX + 1024
 """The guard against a client that wants our memory."""
 
+SCANNED_AT_ONCE = 1 << 20
+"""Elements: well under a millisecond on the event loop."""
+
 AverageContext = grpc.aio.ServicerContext[pb.AverageRequest, pb.AverageResponse]
 
 
 class Transfer(Protocol):
     """Where a contribution comes from and its result goes to."""
+
+    @property
+    def spares(self) -> Sequence[Vector]:
+        """Where results had best lie."""
+        ...
 
     async def contribution(self, layout: Layout) -> Vector:
         """Take the trainer's values, whole and finite. Raises InvalidInput."""
@@ -39,6 +50,8 @@ class Transfer(Protocol):
 
 class StreamTransfer:
     """Chunks on the Average call itself."""
+
+    spares: Sequence[Vector] = ()
 
     def __init__(self, context: AverageContext) -> None:
         self._context = context
@@ -58,6 +71,33 @@ class StreamTransfer:
             response.chunk.offset = offset
             response.chunk.data = bytes(raw[offset : offset + CHUNK_BYTES])
             await self._context.write(response)
+
+
+class SharedTransfer:
+    """Values lie where the trainer put them, and results where the trainer finds them."""
+
+    def __init__(self, buffers: SharedBuffers, fallback: Transfer) -> None:
+        self._buffers = buffers
+        self._fallback = fallback
+
+    @property
+    def spares(self) -> Sequence[Vector]:
+        return self._buffers.results
+
+    async def contribution(self, layout: Layout) -> Vector:
+        self._buffers.retract()
+        vector = self._buffers.contribution
+        assert vector.layout == layout
+        for segment in layout.segments:
+            for start in range(segment.start, segment.stop, SCANNED_AT_ONCE):
+                _refuse_non_finite(vector, start, min(start + SCANNED_AT_ONCE, segment.stop))
+                await asyncio.sleep(0)
+        return vector
+
+    async def result(self, vector: Vector) -> None:
+        # It lies elsewhere when a round failed and left its buffer to a job that still ran.
+        if not self._buffers.publish(vector):
+            await self._fallback.result(vector)
 
 
 class Intake:
@@ -101,20 +141,24 @@ class Intake:
             start, stop = max(segment.start, self._scanned), min(segment.stop, segment.start + whole)
             if start >= stop:
                 continue
-            position = first_non_finite(self._vector.elements(start, stop))
-            if position is not None:
-                raise InvalidInput(self._blame(start + position))
+            _refuse_non_finite(self._vector, start, stop)
             self._scanned = stop
 
-    def _blame(self, position: int) -> str:
-        value = float(self._vector.elements(position, position + 1)[0])
-        first = 0
-        for spec in self._vector.layout.tensors:
-            if position < first + spec.elements:
-                break
-            first += spec.elements
-        held = "nan" if math.isnan(value) else "infinity" if value > 0 else "-infinity"
-        return (
-            f"tensor {spec.name!r} holds {held} at element {position - first}: "
-            "find the step that made it, or leave the tensor out; nothing was sent to other peers"
-        )
+
+def _refuse_non_finite(vector: Vector, start: int, stop: int) -> None:
+    """Raises InvalidInput, naming the tensor, for NaN and infinity in elements [start, stop) of one segment."""
+    found = first_non_finite(vector.elements(start, stop))
+    if found is None:
+        return
+    position = start + found
+    value = float(vector.elements(position, position + 1)[0])
+    held = "nan" if math.isnan(value) else "infinity" if value > 0 else "-infinity"
+    first = 0
+    for spec in vector.layout.tensors:
+        if position < first + spec.elements:
+            break
+        first += spec.elements
+    raise InvalidInput(
+        f"tensor {spec.name!r} holds {held} at element {position - first}: "
+        "find the step that made it, or leave the tensor out; nothing was sent to other peers"
+    )

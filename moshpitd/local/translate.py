@@ -6,8 +6,9 @@ what it becomes, before a byte of a vector is read; what it means for the swarm 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from moshpitd.averaging.errors import InvalidInput
 from moshpitd.averaging.receipt import Outcome, Receipt, RoundReceipt
@@ -20,6 +21,7 @@ from moshpitd.averaging.session import (
 )
 from moshpitd.averaging.vector import Layout, TensorSpec
 from moshpitd.driver import PeerLine, SessionLine
+from moshpitd.local.shared_memory import Offer
 from moshpitd.local.v1 import daemon_pb2 as pb
 
 _DTYPES = {
@@ -39,6 +41,15 @@ _OUTCOMES = {
     Outcome.PARTIAL: pb.OUTCOME_PARTIAL,
     Outcome.ALONE: pb.OUTCOME_ALONE,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHop:
+    """How a session's values travel between trainer and daemon."""
+
+    transport: Literal["shared-memory", "stream"]
+    why: str = ""
+    """Why they are streamed, in words."""
 
 
 class ConfigLine(Protocol):
@@ -122,6 +133,15 @@ def session_options(request: pb.OpenSessionRequest) -> SessionOptions:
     return options
 
 
+def offer_message(offer: Offer) -> pb.SharedMemory:
+    return pb.SharedMemory(
+        path=str(offer.path),
+        file_bytes=offer.file_bytes,
+        contribution_offset=offer.contribution_offset,
+        result_offsets=offer.result_offsets,
+    )
+
+
 def average_call(start: pb.AverageStart) -> Call:
     """Raises InvalidInput."""
     call = Call(
@@ -193,7 +213,10 @@ def rounds_message(receipts: Iterable[tuple[str, Receipt]], bytes_max: int) -> p
     return response
 
 
-def status_message(info: DaemonInfo, sessions: Iterable[SessionLine], *, draining: bool) -> pb.GetStatusResponse:
+def status_message(
+    info: DaemonInfo, sessions: Iterable[SessionLine], hops: Mapping[str, LocalHop], *, draining: bool
+) -> pb.GetStatusResponse:
+    """`hops`: by session id."""
     return pb.GetStatusResponse(
         ready=info.ready,
         peer_id=info.peer_id,
@@ -201,7 +224,7 @@ def status_message(info: DaemonInfo, sessions: Iterable[SessionLine], *, drainin
         listen=info.listen,
         announce=info.announce,
         peers=info.peers,
-        sessions=map(_session_message, sessions),
+        sessions=[_session_message(line, hops.get(line.session_id, _NO_HOP)) for line in sessions],
         waiting_for=info.waiting_for,
         version=info.version,
         pid=info.pid,
@@ -211,7 +234,10 @@ def status_message(info: DaemonInfo, sessions: Iterable[SessionLine], *, drainin
     )
 
 
-def _session_message(line: SessionLine) -> pb.SessionStatus:
+_NO_HOP = LocalHop("stream", "it is just being opened or closed")
+
+
+def _session_message(line: SessionLine, hop: LocalHop) -> pb.SessionStatus:
     return pb.SessionStatus(
         session_id=line.session_id,
         name=line.options.name,
@@ -224,6 +250,8 @@ def _session_message(line: SessionLine) -> pb.SessionStatus:
         vector_bytes=line.options.layout.byte_size,
         averagings=line.status.averagings,
         codec=line.options.codec,
+        transport=hop.transport,
+        transport_why=hop.why,
     )
 
 

@@ -645,11 +645,12 @@ class Alone:
     def __init__(self, rank: int = 1) -> None:
         self.values = normal_vectors(4, 8 * ALIGNMENT)
         self.group = group_of(self.values, weights=[1.0, 1.0, 0.0, 1.0])
+        self.result = Vector.empty(self.values[rank].layout)
         self.machine = AllReduce(
             self.group,
             Rank(rank),
             values=self.values[rank],
-            result=Vector.empty(self.values[rank].layout),
+            result=self.result,
             codec=codec_named("float32"),
             config=AllReduceConfig(),
             now=0.0,
@@ -670,6 +671,19 @@ class Alone:
 
     def payload(self, sender: int, index: int) -> bytes:
         return self.values[sender].elements(index * ALIGNMENT, (index + 1) * ALIGNMENT).tobytes()
+
+
+def test_a_result_is_let_go_when_the_round_is_over_and_no_job_of_it_runs() -> None:
+    """It may be another round's next: a job that is late would write into that one."""
+    alone = Alone()
+    everybody = (Rank(0), Rank(1), Rank(3))
+    [job] = alone.chunk(Chunk(0, 0, alone.payload(0, 0), is_average=True, contributors=everybody), sender=0)
+    assert isinstance(job, Compute)
+    alone.machine.handle_timer(1e9)
+    assert alone.machine.state is State.FAILED
+    assert alone.machine.may_write_to(alone.result) and not alone.machine.may_write_to(alone.values[1])
+    alone.machine.compute_finished(job.job_id, job.job(), 1e9)
+    assert not alone.machine.may_write_to(alone.result)
 
 
 @pytest.mark.parametrize(

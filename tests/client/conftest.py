@@ -17,9 +17,9 @@ DEADLINE_S = 30.0
 class DaemonProcess:
     """`python -m tests.local.serve`; every line it prints is something that happened."""
 
-    def __init__(self, path: Path, keepalive_s: float = 10.0) -> None:
+    def __init__(self, path: Path, keepalive_s: float = 10.0, shared_memory_dir: str = "auto") -> None:
         self.path = path
-        command = [sys.executable, "-m", "tests.local.serve", str(path), str(keepalive_s)]
+        command = [sys.executable, "-m", "tests.local.serve", str(path), str(keepalive_s), shared_memory_dir]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         self._lines: list[str] = []
         self._news = threading.Condition()

@@ -223,13 +223,14 @@ def test_the_others_do_not_wait_for_one_that_left(swarm: Swarm) -> None:
 def test_a_trainer_killed_in_its_call_does_not_hurt_the_others(swarm: Swarm, moment: str) -> None:
     """In the middle of a round its daemon finishes for the others; before one it is left out."""
     peers = swarm.start(3)
-    doomed = Process("tests.end_to_end.trainer", str(peers[2].socket), "default", str(ELEMENTS), "2")
+    together = 2 if moment == "open" else 3
+    doomed = Process("tests.end_to_end.trainer", str(peers[2].socket), "default", str(ELEMENTS), str(together))
     try:
         doomed.says("^open$")
         if moment == "open":
             until(lambda: sessions(peers[2])[0]["state"] == "gathering")
             doomed.kill()
-        with trainers(peers[:2], large, min_peers=2 if moment == "open" else 3) as there:
+        with trainers(peers[:2], large, min_peers=together) as there:
             futures = [trainer.average() for trainer in there]
             if moment == "reducing":
                 peers[2].says(REDUCING)

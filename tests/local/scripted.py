@@ -1,8 +1,9 @@
 """A driver and a daemon's account of itself that do what the session's name says.
 
-A result is twice the contribution. Session names: `alone` ends alone, `nobody` finds no group, `taken` is taken,
-`waits` tells what it waits for and waits until it is cancelled or its session is closed, `buggy` has a bug, `dies`
-kills the whole process with the result half sent, `gathers` sees one more live session at every look.
+A result is twice the contribution, in the spares by turns. Session names: `elsewhere` has its result in no spare,
+`alone` ends alone, `nobody` finds no group, `taken` is taken, `waits` tells what it waits for, waits until it is
+cancelled or its session is closed and then looks at its values, `buggy` has a bug, `dies` kills the whole process with
+the result half sent, `gathers` sees one more live session at every look.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import asyncio
 import itertools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from moshpitd.averaging.errors import NoGroup, Precondition
 from moshpitd.averaging.names import PeerId
 from moshpitd.averaging.receipt import DroppedLine, MemberLine, Outcome, Receipt, RoundReceipt, SpanLine
 from moshpitd.averaging.session import Call, SessionOptions, SessionStatus
-from moshpitd.averaging.vector import DTYPES, Vector
+from moshpitd.averaging.vector import Vector
 from moshpitd.driver import Averaged, PeerLine, ProgressNote, SessionLine
 
 ME, OTHER, LOST = (PeerId(digit * 64) for digit in "123")
@@ -101,7 +103,6 @@ class ScriptedDriver:
         self.draining = False
         self.opened: dict[str, SessionOptions] = {}
         self.calls: list[Call] = []
-        self.vectors: list[Vector] = []
         self._closed: dict[str, asyncio.Event] = {}
         self._finished: list[tuple[str, Receipt]] = []
         self._ids = itertools.count(1)
@@ -125,11 +126,15 @@ class ScriptedDriver:
             await self._note(f"closed {options.name}")
 
     async def average(
-        self, session_id: str, call: Call, vector: Vector, progress: Callable[[ProgressNote], None]
+        self,
+        session_id: str,
+        call: Call,
+        vector: Vector,
+        progress: Callable[[ProgressNote], None],
+        spares: Sequence[Vector] = (),
     ) -> Averaged:
         options = self.opened[session_id]
         self.calls.append(call)
-        self.vectors.append(vector)
         match options.name:
             case "nobody":
                 raise NoGroup("1 of 8 peers was here: start the others")
@@ -144,12 +149,20 @@ class ScriptedDriver:
                     await self._note("detached")
                     raise
                 finally:
+                    await self._note(f"values still begin with {float(vector.elements(0, 1)[0])}")
                     await self._note("averaging over")
                 raise Precondition("the session was closed")
         outcome = Outcome.ALONE if options.name == "alone" else Outcome.COMPLETE
         done = receipt(outcome, vector, call.weight)
         self._finished.insert(0, (options.name, done))
-        return Averaged(done, vector if outcome is Outcome.ALONE else _doubled(vector, dying=options.name == "dies"))
+        if outcome is Outcome.ALONE:
+            return Averaged(done, vector)
+        if options.name == "dies":
+            return Averaged(done, Vector(vector.layout, _double(vector, Vector.empty(vector.layout)).view(_Dying)))
+        offered = spares and options.name != "elsewhere"
+        spare = spares[len(self.calls) % len(spares)] if offered else Vector.empty(vector.layout)
+        _double(vector, spare)
+        return Averaged(done, spare)
 
     def sessions(self) -> list[SessionLine]:
         live = next(self._looks)
@@ -183,14 +196,11 @@ class ScriptedDriver:
             self._news.notify_all()
 
 
-def _doubled(vector: Vector, *, dying: bool) -> Vector:
-    buffer = np.empty_like(vector.buffer)
+def _double(vector: Vector, result: Vector) -> npt.NDArray[np.uint8]:
     for segment in vector.layout.segments:
-        size = (segment.stop - segment.start) * DTYPES[segment.dtype].itemsize
-        place = slice(segment.byte_start, segment.byte_start + size)
-        dtype = DTYPES[segment.dtype]
-        buffer[place].view(dtype)[...] = vector.buffer[place].view(dtype) * dtype.type(2)
-    return Vector(vector.layout, buffer.view(_Dying) if dying else buffer)
+        values = vector.elements(segment.start, segment.stop)
+        result.elements(segment.start, segment.stop)[:] = values * values.dtype.type(2)
+    return result.buffer
 
 
 class _Dying(np.ndarray):

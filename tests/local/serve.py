@@ -1,4 +1,4 @@
-"""Serves the local door with a scripted driver: `python -m tests.local.serve SOCKET [KEEPALIVE_S]`.
+"""Serves the local door with a scripted driver: `python -m tests.local.serve SOCKET [KEEPALIVE_S [SHARED_MEMORY_DIR]]`.
 
 Prints one line for everything that happens, `serving` first. SIGTERM drains and closes.
 """
@@ -18,10 +18,10 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-async def main(path: Path, keepalive_s: float) -> None:
+async def main(path: Path, keepalive_s: float, shared_memory_dir: str) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    config = LocalConfig(keepalive_s=keepalive_s, keepalive_timeout_s=keepalive_s)
+    config = LocalConfig(keepalive_s=keepalive_s, keepalive_timeout_s=keepalive_s, shared_memory_dir=shared_memory_dir)
     server = await LocalServer.open(path, ScriptedDriver(say), ScriptedInfo(), config)  # type: ignore[arg-type]
     say("serving")
     await stop.wait()
@@ -30,4 +30,6 @@ async def main(path: Path, keepalive_s: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 10.0))
+    socket, *more = sys.argv[1:]
+    keepalive_s, shared_memory_dir = (*more, *("10", "auto")[len(more) :])
+    asyncio.run(main(Path(socket), float(keepalive_s), shared_memory_dir))

@@ -218,7 +218,7 @@ async def test_the_drivers_errors_become_statuses(door: Door, name: str, code: s
 
 async def test_unknown_sessions_are_not_found(door: Door) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match=r"no session 's99'.*open it again") as caught:
-        await door.average(start("s99"), chunk(0, ONES))
+        await door.average(start("s99"))
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await door.stub.CloseSession(pb.CloseSessionRequest(session_id="s99"))

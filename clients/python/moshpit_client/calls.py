@@ -33,6 +33,13 @@ class Calls:
                 _SERVICE + "OpenSession", pb.OpenSessionRequest.SerializeToString, pb.OpenSessionResponse.FromString
             )
         )
+        self.attach_shared_memory: grpc.UnaryUnaryMultiCallable[
+            pb.AttachSharedMemoryRequest, pb.AttachSharedMemoryResponse
+        ] = self.channel.unary_unary(
+            _SERVICE + "AttachSharedMemory",
+            pb.AttachSharedMemoryRequest.SerializeToString,
+            pb.AttachSharedMemoryResponse.FromString,
+        )
         self.close_session: grpc.UnaryUnaryMultiCallable[pb.CloseSessionRequest, pb.CloseSessionResponse] = (
             self.channel.unary_unary(
                 _SERVICE + "CloseSession", pb.CloseSessionRequest.SerializeToString, pb.CloseSessionResponse.FromString

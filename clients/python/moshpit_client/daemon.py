@@ -71,6 +71,7 @@ class Daemon:
         codec: str = "float32",
         joining: Literal["receive", "contribute"] = "receive",
         lonely_wait: float | None = None,
+        shared_memory: bool = True,
     ) -> Session:
         """Open a session for these tensors: numpy arrays, or anything with `__dlpack__` on the CPU.
 
@@ -81,6 +82,7 @@ class Daemon:
         codec: how values travel between peers: float32 (lossless for every dtype), float16, bfloat16.
         joining: whether a newcomer's first averaging only receives the swarm's mean or counts at once.
         lonely_wait: seconds an averaging looks for somebody while nobody else is known.
+        shared_memory: share memory with the daemon where that is possible; `Daemon.status` says whether and why not.
 
         Raises InvalidInput, naming the tensor, for what cannot be averaged.
         """
@@ -99,6 +101,7 @@ class Daemon:
             min_peers=_count("min_peers", min_peers),
             joining=_JOININGS[joining],
             lonely_wait_seconds=lonely_wait or 0.0,
+            shared_memory=shared_memory,
         )
         first_peers = 1 if initial_peers is None else _count("initial_peers", initial_peers)
         # Immutable tensors are not kept: those of `average_values` come with each call.

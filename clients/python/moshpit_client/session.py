@@ -25,9 +25,11 @@ from moshpit_client.errors import (
     MoshpitError,
     NoGroup,
     NotFound,
+    PreconditionFailed,
 )
 from moshpit_client.receipt import Receipt, read_receipt
-from moshpit_client.tensors import TensorSpec, View, canonical, pack, unpack, view
+from moshpit_client.shared_memory import NotShared, SharedBuffers
+from moshpit_client.tensors import TensorSpec, View, canonical, pack, pack_into, unpack, view
 from moshpit_client.v1 import daemon_pb2 as pb
 
 CLOSE_SECONDS = 60.0
@@ -64,18 +66,27 @@ class Session:
         self._tensors = dict(tensors)
         self._initial_peers = initial_peers
         self._turn = threading.Lock()
+        self._vector_bytes = sum(spec.byte_size for spec in self._specs)
         self._staging: npt.NDArray[np.uint8] | None = None
-        """Where results of `average` arrive; kept, because fresh memory is the slowest part of a large result."""
+        """Where streamed results of `average` arrive; kept, because fresh memory is the slowest part of a large one."""
+        self._contribution: npt.NDArray[np.uint8] | None = None
+        """What `contribution` handed out while there is no shared memory."""
+        self._shared: SharedBuffers | None = None
+        self._shared_is_ours = True
+        """False from a call's start until its receipt: after an error the daemon may still read what we gave it."""
         self._closed = False
         with connection.errors():
             # Held open, not read: the session lives as long as this call.
             self._life = connection.calls.open_session(request)
             try:
-                self.session_id = next(iter(self._life)).session_id
+                opened = next(iter(self._life))
             except StopIteration:
                 raise DaemonBug("the daemon ended the session's call before naming the session: report it") from None
         keep_in_children(self._life)
+        self.session_id = opened.session_id
         self.name = request.name
+        if opened.HasField("shared_memory"):
+            self._attach(opened.shared_memory)
 
     def __enter__(self) -> Session:
         return self
@@ -108,12 +119,9 @@ class Session:
         self._require()
         with self._turn:
             views = [self._view(spec) for spec in self._specs]
-            staging = self._staging
-            if staging is None:
-                staging = self._staging = np.empty(sum(spec.byte_size for spec in self._specs), np.uint8)
-            receipt, changed = self._exchange(views, staging, weight, timeout, epoch, progress)
-            if changed:
-                arrays = unpack(staging, self._specs)
+            receipt, packed = self._exchange(views, self._kept_staging, weight, timeout, epoch, progress)
+            if packed is not None:
+                arrays = unpack(packed, self._specs)
                 for each in views:
                     np.copyto(each.array, arrays[each.spec.name])
             return receipt
@@ -152,32 +160,50 @@ class Session:
         timeout: float = 60.0,
         epoch: int | None = None,
         progress: ProgressCall | None = None,
+        *,
+        copy: bool = True,
     ) -> tuple[dict[str, npt.NDArray[np.generic]], Receipt]:
         """Average these values and return new arrays: for JAX and others whose tensors cannot be written.
 
         Names, shapes and dtypes must be those the session was opened with. bfloat16 comes back in the dtype of
         ml_dtypes if it came as such, else as its bits in uint16.
+
+        copy: False returns views of shared memory, where there is any: they hold until the session's next averaging
+        begins. Together with `contribution` nothing is copied between trainer and daemon.
         """
         self._require()
         views = [self._given(spec, tensors) for spec in self._specs]
         if unknown := sorted(tensors.keys() - {spec.name for spec in self._specs}):
             raise InvalidInput(f"tensor {unknown[0]!r} is not of this session: open one that has it")
         with self._turn:
-            packed = np.empty(sum(spec.byte_size for spec in self._specs), np.uint8)
-            receipt, changed = self._exchange(views, packed, weight, timeout, epoch, progress)
-            if not changed:
+            receipt, packed = self._exchange(views, self._new_staging, weight, timeout, epoch, progress)
+            if packed is None:
                 return {
                     each.spec.name: each.array.astype(each.array.dtype).view(each.native) for each in views
                 }, receipt
+            if copy and not packed.flags.owndata:
+                packed = packed.copy()
             arrays = unpack(packed, self._specs)
             return {each.spec.name: arrays[each.spec.name].view(each.native) for each in views}, receipt
+
+    def contribution(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Arrays by name, in shared memory where there is any, to be filled and given to the next `average_values`,
+        which copies nothing from them. Do not write to them during that averaging, and ask again for each: after an
+        error the daemon may still read the last ones. bfloat16 comes as its bits in uint16: give a view in a dtype.
+        """
+        self._require()
+        if self._shared is not None and self._shared_is_ours:
+            return unpack(self._shared.contribution, self._specs)
+        if self._contribution is None:
+            self._contribution = self._new_staging()
+        return unpack(self._contribution, self._specs)
 
     def close(self) -> None:
         """Close the session and tell the swarm. Idempotent; nothing in a forked child, nothing when all is over."""
         if self._closed or not self._connection.is_usable:
             return
         self._closed = True
-        self._staging = None
+        self._staging = self._contribution = self._shared = None
         request = pb.CloseSessionRequest(session_id=self.session_id)
         try:
             with self._connection.errors():
@@ -186,6 +212,30 @@ class Session:
             pass  # It is closed already.
         finally:
             self._life.cancel()
+
+    def _attach(self, offer: pb.SharedMemory) -> None:
+        """Map what the daemon offers, or tell it why not: then this session streams."""
+        answer = pb.AttachSharedMemoryRequest(session_id=self.session_id)
+        shared: SharedBuffers | None = None
+        try:
+            shared = SharedBuffers.map(offer, self._vector_bytes)
+            answer.proof = shared.proof
+        except NotShared as error:
+            answer.why_not = str(error)
+        try:
+            with self._connection.errors():
+                self._connection.calls.attach_shared_memory(answer, timeout=ANSWER_SECONDS)
+        except PreconditionFailed:
+            return
+        self._shared = shared
+
+    def _new_staging(self) -> npt.NDArray[np.uint8]:
+        return np.empty(self._vector_bytes, np.uint8)
+
+    def _kept_staging(self) -> npt.NDArray[np.uint8]:
+        if self._staging is None:
+            self._staging = self._new_staging()
+        return self._staging
 
     def _require(self) -> None:
         self._connection.require()
@@ -208,13 +258,13 @@ class Session:
     def _exchange(
         self,
         views: Sequence[View],
-        packed: npt.NDArray[np.uint8],
+        staging: Callable[[], npt.NDArray[np.uint8]],
         weight: float,
         timeout: float,
         epoch: int | None,
         progress: ProgressCall | None,
-    ) -> tuple[Receipt, bool]:
-        """One averaging; True when `packed` holds a whole result."""
+    ) -> tuple[Receipt, npt.NDArray[np.uint8] | None]:
+        """One averaging: the whole packed result, None when alone. `staging` is for one that is streamed."""
         if epoch is not None and not 0 <= epoch < 1 << 64:
             raise InvalidInput(f"epoch={epoch}: give a whole number of at least 0")
         if self._initial_peers > 1:
@@ -222,21 +272,27 @@ class Session:
         start = pb.AverageStart(
             session_id=self.session_id, weight=float(weight), timeout_seconds=float(timeout), epoch=epoch
         )
+        shared = self._shared if self._shared_is_ours else None
+        self._shared_is_ours = False
+        if shared is not None:
+            start.shared_memory = True
+            pack_into(shared.contribution, views)
         receipt: Receipt | None = None
+        packed: npt.NDArray[np.uint8] | None = None
         arrived = 0
-        raw = packed.data
         with self._connection.errors():
             # The daemon bounds the call by its timeout, keepalive bounds the daemon.
-            call = self._connection.calls.average(_requests(start, views))
+            call = self._connection.calls.average(_requests(start, () if shared is not None else views))
             try:
                 for response in call:
                     match response.WhichOneof("message"):
                         case "chunk":
                             chunk = response.chunk
                             data = chunk.data
-                            if chunk.offset != arrived or arrived + len(data) > len(raw):
+                            packed = staging() if packed is None else packed
+                            if chunk.offset != arrived or arrived + len(data) > len(packed):
                                 raise DaemonBug("the daemon's result has a gap or is too long: report it with its log")
-                            raw[arrived : arrived + len(data)] = data
+                            packed.data[arrived : arrived + len(data)] = data
                             arrived += len(data)
                         case "receipt":
                             receipt = read_receipt(response.receipt)
@@ -247,9 +303,15 @@ class Session:
             finally:
                 call.cancel()
         self._initial_peers = 1
-        if receipt is None or arrived != (0 if receipt.outcome == "alone" else len(raw)):
+        alone = receipt is not None and receipt.outcome == "alone"
+        if packed is None and shared is not None and not alone:
+            packed = shared.result()
+        elif packed is not None and arrived != len(packed):
+            packed = None
+        if receipt is None or alone != (packed is None):
             raise DaemonBug("the daemon's result has no receipt or is too short: report it with its log")
-        return receipt, arrived > 0
+        self._shared_is_ours = True
+        return receipt, packed
 
     def _gather(self, wanted: int, timeout: float, progress: ProgressCall | None) -> float:
         """Wait until so many live sessions are there; returns the seconds it took. Raises NoGroup."""

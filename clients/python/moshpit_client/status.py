@@ -27,6 +27,10 @@ class SessionStatus(Record):
     averagings: dict[str, int]
     """Ended ones by outcome."""
     codec: str
+    transport: str
+    """How values travel between trainer and daemon: shared-memory or stream."""
+    transport_why: str
+    """Why they are streamed; empty otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,8 @@ def _session(message: pb.SessionStatus) -> SessionStatus:
         vector_bytes=message.vector_bytes,
         averagings=dict(message.averagings),
         codec=message.codec,
+        transport=message.transport,
+        transport_why=message.transport_why,
     )
 
 

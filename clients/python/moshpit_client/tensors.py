@@ -133,6 +133,15 @@ def pack(views: Sequence[View]) -> Iterator[bytes]:
         yield b"".join(pieces)
 
 
+def pack_into(packed: npt.NDArray[np.uint8], views: Sequence[View]) -> None:
+    """The packed vector at once; a tensor that lies in its place already is not copied."""
+    places = unpack(packed, [each.spec for each in views])
+    for each in views:
+        place = places[each.spec.name]
+        if each.array.__array_interface__ != place.__array_interface__:
+            np.copyto(place, each.array)
+
+
 def unpack(packed: npt.NDArray[np.uint8], specs: Sequence[TensorSpec]) -> dict[str, npt.NDArray[np.generic]]:
     """Views of the packed vector by name; bfloat16 as uint16."""
     arrays: dict[str, npt.NDArray[np.generic]] = {}

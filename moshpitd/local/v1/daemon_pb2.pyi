@@ -161,6 +161,7 @@ class OpenSessionRequest(_message.Message):
     MIN_PEERS_FIELD_NUMBER: _builtins.int
     JOINING_FIELD_NUMBER: _builtins.int
     LONELY_WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The session's name: sessions of one swarm with different names are separate averagings. Empty means "default"."""
     rounds: _builtins.int
@@ -175,6 +176,8 @@ class OpenSessionRequest(_message.Message):
     """What a newcomer's first averaging does."""
     lonely_wait_seconds: _builtins.float
     """While nobody else is known: how long an averaging looks for somebody before it ends alone. Seconds; 0 is default."""
+    shared_memory: _builtins.bool
+    """The trainer would share memory with the daemon, if they are on one machine: see SharedMemory."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """The tensors, in any order. Vectors travel packed in canonical order: float64 tensors first, then float32, float16,
@@ -191,10 +194,11 @@ class OpenSessionRequest(_message.Message):
         min_peers: _builtins.int = ...,
         joining: Global___Joining.ValueType = ...,
         lonely_wait_seconds: _builtins.float = ...,
+        shared_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "joining", b"joining", "lonely_wait_seconds", b"lonely_wait_seconds", "min_peers", b"min_peers", "name", b"name", "rounds", b"rounds", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "joining", b"joining", "lonely_wait_seconds", b"lonely_wait_seconds", "min_peers", b"min_peers", "name", b"name", "rounds", b"rounds", "shared_memory", b"shared_memory", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -208,23 +212,124 @@ class OpenSessionResponse(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     NEWS_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session's id, in the first response and all others."""
     news: _builtins.str
     """What there is to know, for people; may be empty."""
+    @_builtins.property
+    def shared_memory(self) -> Global___SharedMemory:
+        """In the first response, if the trainer asked and there is any: to be answered by AttachSharedMemory."""
+
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         news: _builtins.str = ...,
+        shared_memory: Global___SharedMemory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["news", b"news", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["news", b"news", "session_id", b"session_id", "shared_memory", b"shared_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenSessionResponse: _TypeAlias = OpenSessionResponse  # noqa: Y015
+
+@_typing.final
+class SharedMemory(_message.Message):
+    """A file that the daemon made for one session, to be mapped once by the trainer and used for all its averagings. It loses
+    its name when AttachSharedMemory is answered: then its memory lives as long as one of the two has it mapped.
+
+    The file begins with a header: 16 bytes of proof, to be given back by AttachSharedMemory; then a word, 8 bytes
+    little-endian, that names the valid result: 0 none, 1 the first of `result_offsets`, 2 the second. Contribution and
+    results are packed vectors, as OpenSessionRequest says.
+
+    For an averaging the trainer writes its contribution, sends `start` with `shared_memory`, and leaves it as it is until
+    the receipt. When the daemon has ended the call well, the outcome is not alone and the word is not 0, the result is
+    where the word says, until the session's next averaging; when the word is 0 it came in chunks. A daemon may still read
+    the contribution of a call that ended without a receipt: the trainer streams the next one, and writes here again after
+    a receipt.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    FILE_BYTES_FIELD_NUMBER: _builtins.int
+    CONTRIBUTION_OFFSET_FIELD_NUMBER: _builtins.int
+    RESULT_OFFSETS_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Where the file is, as the daemon sees it; readable and writable by the daemon's user only."""
+    file_bytes: _builtins.int
+    """The size of the file, in bytes."""
+    contribution_offset: _builtins.int
+    """Where the contribution begins, in bytes from the start of the file."""
+    @_builtins.property
+    def result_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where the results begin, in bytes from the start of the file."""
+
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        file_bytes: _builtins.int = ...,
+        contribution_offset: _builtins.int = ...,
+        result_offsets: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution_offset", b"contribution_offset", "file_bytes", b"file_bytes", "path", b"path", "result_offsets", b"result_offsets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedMemory: _TypeAlias = SharedMemory  # noqa: Y015
+
+@_typing.final
+class AttachSharedMemoryRequest(_message.Message):
+    """Answers an offer of shared memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    WHY_NOT_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """From OpenSessionResponse."""
+    proof: _builtins.bytes
+    """The first 16 bytes of the file as the trainer has mapped it; empty when it could not."""
+    why_not: _builtins.str
+    """Why it could not, in words; status shows it."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        proof: _builtins.bytes = ...,
+        why_not: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof", "session_id", b"session_id", "why_not", b"why_not"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachSharedMemoryRequest: _TypeAlias = AttachSharedMemoryRequest  # noqa: Y015
+
+@_typing.final
+class AttachSharedMemoryResponse(_message.Message):
+    """The answer is known, and the file has no name any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachSharedMemoryResponse: _TypeAlias = AttachSharedMemoryResponse  # noqa: Y015
 
 @_typing.final
 class CloseSessionRequest(_message.Message):
@@ -301,6 +406,7 @@ class AverageStart(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """From OpenSessionResponse."""
     weight: _builtins.float
@@ -309,6 +415,8 @@ class AverageStart(_message.Message):
     """How long the trainer is willing to wait, in seconds from the daemon's receipt of this message. Unset means 60."""
     epoch: _builtins.int
     """Meet only peers with the same epoch. Unset: the newest open averaging."""
+    shared_memory: _builtins.bool
+    """The values lie in the session's shared memory, attached before: no chunks follow, and none need to come back."""
     def __init__(
         self,
         *,
@@ -316,10 +424,11 @@ class AverageStart(_message.Message):
         weight: _builtins.float | None = ...,
         timeout_seconds: _builtins.float | None = ...,
         epoch: _builtins.int | None = ...,
+        shared_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_timeout_seconds", b"_timeout_seconds", "_weight", b"_weight", "epoch", b"epoch", "timeout_seconds", b"timeout_seconds", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_timeout_seconds", b"_timeout_seconds", "_weight", b"_weight", "epoch", b"epoch", "session_id", b"session_id", "timeout_seconds", b"timeout_seconds", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_timeout_seconds", b"_timeout_seconds", "_weight", b"_weight", "epoch", b"epoch", "session_id", b"session_id", "shared_memory", b"shared_memory", "timeout_seconds", b"timeout_seconds", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
     _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
@@ -874,6 +983,8 @@ class SessionStatus(_message.Message):
     VECTOR_BYTES_FIELD_NUMBER: _builtins.int
     AVERAGINGS_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    TRANSPORT_WHY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Its id."""
     name: _builtins.str
@@ -892,6 +1003,10 @@ class SessionStatus(_message.Message):
     """Bytes of its vector."""
     codec: _builtins.str
     """Its codec."""
+    transport: _builtins.str
+    """How values travel between trainer and daemon: "shared-memory" or "stream"."""
+    transport_why: _builtins.str
+    """Why it is "stream"; empty otherwise."""
     @_builtins.property
     def cell(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its cell, one coordinate an axis."""
@@ -914,10 +1029,12 @@ class SessionStatus(_message.Message):
         vector_bytes: _builtins.int = ...,
         averagings: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         codec: _builtins.str = ...,
+        transport: _builtins.str = ...,
+        transport_why: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "cell", b"cell", "codec", b"codec", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "session_id", b"session_id", "state", b"state", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "cell", b"cell", "codec", b"codec", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "session_id", b"session_id", "state", b"state", "transport", b"transport", "transport_why", b"transport_why", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,11 @@ class DaemonServiceStub(object):
                 request_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.OpenSessionRequest.SerializeToString,
                 response_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.OpenSessionResponse.FromString,
                 _registered_method=True)
+        self.AttachSharedMemory = channel.unary_unary(
+                '/moshpitd.local.v1.DaemonService/AttachSharedMemory',
+                request_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.AttachSharedMemoryRequest.SerializeToString,
+                response_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.AttachSharedMemoryResponse.FromString,
+                _registered_method=True)
         self.CloseSession = channel.unary_unary(
                 '/moshpitd.local.v1.DaemonService/CloseSession',
                 request_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.CloseSessionRequest.SerializeToString,
@@ -84,6 +89,14 @@ class DaemonServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AttachSharedMemory(self, request, context):
+        """Answers an offer of shared memory: the trainer has mapped the file, or says why it cannot and will stream. Once, before
+        the session's first averaging. After FAILED_PRECONDITION the session streams.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CloseSession(self, request, context):
         """Closes a session and tells the swarm at once. A running round is finished for the others first.
         """
@@ -94,7 +107,8 @@ class DaemonServiceServicer(object):
     def Average(self, request_iterator, context):
         """Averages the session's tensors with the swarm. The trainer streams `start`, then `chunk`s that cover the packed
         vector, and half-closes; the daemon streams `progress` while it waits, then one `receipt`, then `chunk`s of the
-        result. A trainer applies the result only when all of it has arrived.
+        result. A trainer applies the result only when all of it has arrived. With shared memory there are no chunks: see
+        SharedMemory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,6 +149,11 @@ def add_DaemonServiceServicer_to_server(servicer, server):
                     servicer.OpenSession,
                     request_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.OpenSessionRequest.FromString,
                     response_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.OpenSessionResponse.SerializeToString,
+            ),
+            'AttachSharedMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.AttachSharedMemory,
+                    request_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.AttachSharedMemoryRequest.FromString,
+                    response_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.AttachSharedMemoryResponse.SerializeToString,
             ),
             'CloseSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CloseSession,
@@ -195,6 +214,33 @@ class DaemonService(object):
             '/moshpitd.local.v1.DaemonService/OpenSession',
             moshpitd_dot_local_dot_v1_dot_daemon__pb2.OpenSessionRequest.SerializeToString,
             moshpitd_dot_local_dot_v1_dot_daemon__pb2.OpenSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttachSharedMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moshpitd.local.v1.DaemonService/AttachSharedMemory',
+            moshpitd_dot_local_dot_v1_dot_daemon__pb2.AttachSharedMemoryRequest.SerializeToString,
+            moshpitd_dot_local_dot_v1_dot_daemon__pb2.AttachSharedMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,12 +50,17 @@ class DaemonServiceStub:
     """Opens a session and keeps it open: the first response names it, later ones are news about it. The session closes
     when the trainer cancels this call, when its process dies, or by CloseSession.
     """
+    AttachSharedMemory: _grpc.UnaryUnaryMultiCallable[_daemon_pb2.AttachSharedMemoryRequest, _daemon_pb2.AttachSharedMemoryResponse]
+    """Answers an offer of shared memory: the trainer has mapped the file, or says why it cannot and will stream. Once, before
+    the session's first averaging. After FAILED_PRECONDITION the session streams.
+    """
     CloseSession: _grpc.UnaryUnaryMultiCallable[_daemon_pb2.CloseSessionRequest, _daemon_pb2.CloseSessionResponse]
     """Closes a session and tells the swarm at once. A running round is finished for the others first."""
     Average: _grpc.StreamStreamMultiCallable[_daemon_pb2.AverageRequest, _daemon_pb2.AverageResponse]
     """Averages the session's tensors with the swarm. The trainer streams `start`, then `chunk`s that cover the packed
     vector, and half-closes; the daemon streams `progress` while it waits, then one `receipt`, then `chunk`s of the
-    result. A trainer applies the result only when all of it has arrived.
+    result. A trainer applies the result only when all of it has arrived. With shared memory there are no chunks: see
+    SharedMemory.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_daemon_pb2.GetStatusRequest, _daemon_pb2.GetStatusResponse]
     """How the daemon is doing."""
@@ -75,12 +80,17 @@ class DaemonServiceAsyncStub(DaemonServiceStub):
     """Opens a session and keeps it open: the first response names it, later ones are news about it. The session closes
     when the trainer cancels this call, when its process dies, or by CloseSession.
     """
+    AttachSharedMemory: _aio.UnaryUnaryMultiCallable[_daemon_pb2.AttachSharedMemoryRequest, _daemon_pb2.AttachSharedMemoryResponse]  # type: ignore[assignment]
+    """Answers an offer of shared memory: the trainer has mapped the file, or says why it cannot and will stream. Once, before
+    the session's first averaging. After FAILED_PRECONDITION the session streams.
+    """
     CloseSession: _aio.UnaryUnaryMultiCallable[_daemon_pb2.CloseSessionRequest, _daemon_pb2.CloseSessionResponse]  # type: ignore[assignment]
     """Closes a session and tells the swarm at once. A running round is finished for the others first."""
     Average: _aio.StreamStreamMultiCallable[_daemon_pb2.AverageRequest, _daemon_pb2.AverageResponse]  # type: ignore[assignment]
     """Averages the session's tensors with the swarm. The trainer streams `start`, then `chunk`s that cover the packed
     vector, and half-closes; the daemon streams `progress` while it waits, then one `receipt`, then `chunk`s of the
-    result. A trainer applies the result only when all of it has arrived.
+    result. A trainer applies the result only when all of it has arrived. With shared memory there are no chunks: see
+    SharedMemory.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_daemon_pb2.GetStatusRequest, _daemon_pb2.GetStatusResponse]  # type: ignore[assignment]
     """How the daemon is doing."""
@@ -105,6 +115,16 @@ class DaemonServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def AttachSharedMemory(
+        self,
+        request: _daemon_pb2.AttachSharedMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_daemon_pb2.AttachSharedMemoryResponse, _abc.Awaitable[_daemon_pb2.AttachSharedMemoryResponse]]:
+        """Answers an offer of shared memory: the trainer has mapped the file, or says why it cannot and will stream. Once, before
+        the session's first averaging. After FAILED_PRECONDITION the session streams.
+        """
+
+    @_abc_1.abstractmethod
     def CloseSession(
         self,
         request: _daemon_pb2.CloseSessionRequest,
@@ -120,7 +140,8 @@ class DaemonServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_daemon_pb2.AverageResponse], _abc.AsyncIterator[_daemon_pb2.AverageResponse]]:
         """Averages the session's tensors with the swarm. The trainer streams `start`, then `chunk`s that cover the packed
         vector, and half-closes; the daemon streams `progress` while it waits, then one `receipt`, then `chunk`s of the
-        result. A trainer applies the result only when all of it has arrived.
+        result. A trainer applies the result only when all of it has arrived. With shared memory there are no chunks: see
+        SharedMemory.
         """
 
     @_abc_1.abstractmethod
