@@ -765,7 +765,10 @@ class AllReduce:
 
     def _keep_early(self, item: ReductionMessage | Chunk, sender: Rank) -> None:
         """Until we are in its view. A member sends every chunk twice at most, and few messages."""
-        if sum(1 for rank, _ in self._early if rank == sender) >= 2 * len(self._pieces) + 16:
+        limit = 2 * len(self._pieces) + 16
+        if sum(1 for rank, _ in self._early if rank == sender) >= limit:  # it has gone through many views without us
+            self._early = [(r, kept) for r, kept in self._early if r != sender or _view_of(kept) >= _view_of(item)]
+        if sum(1 for rank, _ in self._early if rank == sender) >= limit:
             raise RemoteProtocolError(f"{self._name(sender)} sent too much of views to come")
         self._early.append((sender, item))
 
@@ -800,6 +803,16 @@ class AllReduce:
 
     def _emit(self, effect: Effect) -> None:
         self._effects.append(effect)
+
+
+def _view_of(item: ReductionMessage | Chunk) -> int:
+    match item:
+        case View(number=number):
+            return number
+        case Heartbeat():
+            return -1
+        case _:
+            return item.view
 
 
 class Progress:

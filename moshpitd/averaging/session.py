@@ -239,8 +239,6 @@ class Averaging:
     weight: float
     joined: bool = False
     j: int = 0
-    met_at_k: int = 0
-    """The furthest averaging in which others, past this one, said that they can be met."""
     roster_seen: bool = False
     next_look_up: float = 0.0
     next_word: float = 0.0
@@ -304,6 +302,8 @@ class Session:
         """Under plans we do not know yet, the newest of each sender."""
         self._terms_asked_at = -math.inf
         self._looked_again_at = -math.inf
+        self._met_at_k = 0
+        """The furthest averaging in which others, past one of ours, said that they can be met."""
         self._holes_told_at = -1
         """The averaging in which we told the next decider whom the plan has lost."""
         self._effects: list[Effect] = []
@@ -545,7 +545,9 @@ class Session:
     def _choose_k(self, call: Call) -> int:
         swarm_k = self._members.current_k()
         if call.epoch is None:
-            return max(self._next_k, swarm_k, self._waited_in())
+            # Some may have fallen behind together: by leases alone they would meet in the others' past, for ever. One
+            # step at most beyond what two leases hold, so that nobody can send us far ahead.
+            return max(self._next_k, swarm_k, self._waited_in(), min(self._met_at_k, swarm_k + 1))
         newest = max(swarm_k, self._next_k)
         counting = self._members.has_history(newest + 1) or self._last_k >= 0
         if counting and call.epoch > newest + self._config.epochs_ahead_max:
@@ -820,7 +822,9 @@ class Session:
         if self._may_come_to(round_):
             expected = (*expected, self._here.peer)
         current = self._current
-        coming = current is not None and current.k == round_.k and current.j < round_.j
+        # About to seek counts: a group must not be closed without us in the moment before.
+        here = round_.j if self.state is State.MATCHING else round_.j - 1
+        coming = current is not None and current.k == round_.k and current.j <= here
         matchmaking.update(candidates, expected, self._grace_s(), now, coming=coming)
 
     def _is_past(self, k: int, j: int) -> bool:
@@ -988,7 +992,7 @@ class Session:
                 current.next_look_up = now
                 self._begin_if_possible(now)
                 return
-        current.met_at_k = max(current.met_at_k, matchmaking.now_k or 0)
+        self._met_at_k = max(self._met_at_k, matchmaking.now_k or 0)
         current.rounds.append(self._receipt_alone(matchmaking, matchmaking.why, now))
         self._next_round(now, over=late and current.j == 0)
 
@@ -1000,7 +1004,7 @@ class Session:
         rank = group.rank_of(self._here.peer)
         assert rank is not None
         self._offsets.extend(group.arrival_offsets_s)
-        current.met_at_k = max(current.met_at_k, group.now_k)
+        self._met_at_k = max(self._met_at_k, group.now_k)
         for absent in group.absent:
             self._members.missed(absent.peer)
         if len(self._reductions) >= REDUCTIONS_MAX:
@@ -1181,10 +1185,7 @@ class Session:
             self._members.took_part(peer, current.k)
         newest = self._members.newest_plan()
         if receipt.outcome is not Outcome.ALONE:
-            # Some of us fell behind the others together: each would wait for the other half's past, for ever. One step
-            # at most beyond what two leases hold, so that nobody can send us far ahead.
-            met_at_k = min(current.met_at_k, self._members.current_k() + 1)
-            self._last_k, self._next_k = current.k, max(current.k + 1, met_at_k)
+            self._last_k, self._next_k = current.k, current.k + 1
         elif any(len(r.members) > 1 for r in current.rounds):
             # A group was closed with us in it: another try under its key would be answered with that same group.
             self._next_k = current.k + 1
