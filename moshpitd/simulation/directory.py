@@ -94,28 +94,26 @@ class Directory:
         if bookmark.hidden or self.unseen or self._network.is_parted:
             bookmark.hidden = [entry for entry in fresh if self._is_hidden(entry, reader)]
             fresh = [entry for entry in fresh if not self._is_hidden(entry, reader)]
-        now = self._clock.now
-        return [
-            Sighting(e.owner, e.incarnation, e.sequence, left, e.record)
-            for e in fresh
-            if (left := e.announced_at + e.ttl_s - now) > 0 and self._is_kept(shelf, e)
-        ]
+        return self._sightings(shelf, fresh)
 
     def everything(self, key: Key) -> list[Sighting]:
         """What somebody who never looked would find."""
-        shelf, now = self._shelves[key], self._clock.now
-        newest = {entry.owner: entry for entry in shelf.visible}
+        shelf = self._shelves[key]
+        return self._sightings(shelf, shelf.visible)
+
+    def _sightings(self, shelf: Shelf, entries: list[Entry]) -> list[Sighting]:
+        """One of each owner, the newest; none of who withdrew."""
+        now, newest = self._clock.now, dict[PeerId, Entry]()
+        for entry in entries:
+            known = newest.get(entry.owner)
+            if known is None or known.sequence < entry.sequence:
+                newest[entry.owner] = entry
         return [
             Sighting(e.owner, e.incarnation, e.sequence, left, e.record)
             for e in newest.values()
-            if (left := e.announced_at + e.ttl_s - now) > 0 and self._is_kept(shelf, e)
+            if (left := e.announced_at + e.ttl_s - now) > 0 and e.owner in shelf.newest
         ]
 
     def _is_hidden(self, entry: Entry, reader: PeerId) -> bool:
         since = self._network.blocked_since(entry.owner, reader)
         return (reader, entry.owner) in self.unseen or (since is not None and entry.announced_at >= since)
-
-    def _is_kept(self, shelf: Shelf, entry: Entry) -> bool:
-        """Neither withdrawn nor, once its successor is visible, outdated."""
-        newest = shelf.newest.get(entry.owner)
-        return newest is not None and newest.sequence >= entry.sequence

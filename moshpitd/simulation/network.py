@@ -17,6 +17,8 @@ Span = tuple[float, float]
 RETRANSMISSION_S = 0.2
 """After the first loss; doubles with each further one."""
 RETRANSMISSION_MAX_S = 3.0
+SMALL_BYTES = 1500.0
+"""What fits a packet does not queue behind bulk: a link takes turns among its connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +109,17 @@ class Network:
         self.messages[sender] += 1
         self.bytes[sender] += size
         moment = now + self._rng.uniform(*base)
-        ours, theirs = self._links.get(sender), self._links.get(receiver)
-        if ours is None or theirs is None:
+        if not self._links:
             return moment
+        ours, theirs = self._links.get(sender, PLAIN), self._links.get(receiver, PLAIN)
         moment += ours.delay_s + theirs.delay_s
-        if ours.up_bytes_s:
+        if size <= SMALL_BYTES:
+            moment += sum(size / rate for rate in (ours.up_bytes_s, theirs.down_bytes_s) if rate)
+        elif ours.up_bytes_s:
             begins = max(now, self._up_free.get(sender, 0.0))
             self._up_free[sender] = begins + size / ours.up_bytes_s
             moment += self._up_free[sender] - now
-        if theirs.down_bytes_s:
+        if theirs.down_bytes_s and size > SMALL_BYTES:
             moment = max(moment, self._down_free.get(receiver, 0.0)) + size / theirs.down_bytes_s
             self._down_free[receiver] = moment
         loss = ours.loss + theirs.loss

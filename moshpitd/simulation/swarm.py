@@ -36,12 +36,17 @@ from moshpitd.averaging.errors import RemoteProtocolError, SessionError
 from moshpitd.averaging.messages import (
     Address,
     Begin,
+    Bound,
+    Chunk,
     Closed,
     Group,
     Heartbeat,
     Holdings,
     Join,
+    Kept,
+    Leave,
     Message,
+    PlanNotice,
     Ready,
     Redirect,
     Sighting,
@@ -163,6 +168,8 @@ class Swarm:
         """(from, to) that cannot be dialled."""
         self.swallow: Callable[[Peer, Send], bool] | None = None
         """For stories: whether this message gets lost on its way."""
+        self.on_chunk: Callable[[Peer, Peer, Chunk], None] | None = None
+        """For stories: sees each chunk that a stream brings, with who sent and who gets it."""
         self.sent: list[tuple[float, Peer, Send]] = []
         """All messages, for tests that ask for them."""
         self.trace: Callable[[str], None] | None = None
@@ -590,6 +597,8 @@ class Swarm:
             def take_in() -> None:
                 self._pumping.discard(way)
                 if group_id in other.streams and peer.alive:
+                    if self.on_chunk:
+                        self.on_chunk(peer, other, chunk)
                     other.machine.chunk_received(group_id, our_rank, chunk, self.now)
                 # The window opens again only when the other end has read: no daemon that stands still is flooded.
                 self.clock.at(self.now, lambda: self._pump(peer, group_id, rank))
@@ -661,8 +670,16 @@ def _told(message: Message) -> str:
             return f"Join {k}.{j}{who}"
         case Begin(group=group):
             return "Begin " + " ".join(_named(short(member.peer)) for member in group.members)
-        case Closed(k=k, j=j, now_k=now_k):
-            return f"Closed {k}.{j}, now {now_k}"
+        case Kept(leading=leading, present=present, expected=expected):
+            return f"Kept, {present} of {expected} here" if leading else "Kept until one before us answers"
+        case Leave(now_k=now_k, waiting=waiting) if now_k:
+            return f"Leave, {'waits' if waiting else 'can be met'} in {now_k}"
+        case Closed(k=k, j=j, now_k=now_k, waiting=waiting):
+            return f"Closed {k}.{j}, {'waits' if waiting else 'can be met'} in {now_k}"
+        case Bound(why=why):
+            return f"Bound: {_named(why)}"
+        case PlanNotice(plan=plan):
+            return f"PlanNotice {plan.version}: {plan.grid} from {plan.first_k} on"
         case Redirect(leader=leader):
             return f"Redirect to {_named(short(leader))}"
         case View(number=number, live=live, why=why):

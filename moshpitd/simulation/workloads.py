@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +127,7 @@ class Report:
     theory: list[float] = field(default_factory=list)
     """The factor by which it should fall in each."""
     rounds_to_agreement: int | None = None
+    """Until the averaging whose end finds everybody agreed."""
     averagings: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
     round_s_p50: float = 0.0
@@ -240,6 +242,8 @@ class InStep:
         self.swarm = self._run.swarm
         self._held: dict[Peer, Values] = {}
         self._opened = 0
+        self._clean = 0
+        """Averagings in a row in which nobody was absent and nothing failed."""
         self._lines = [c.link for c in options.classes for _ in range(c.count)]
         if options.vector_bytes:
             self.swarm.network.bytes_scale = options.vector_bytes / (4 * options.elements)
@@ -256,7 +260,8 @@ class InStep:
             for k in range(options.averagings_max):
                 self._averaging(k)
                 progress(report)
-                if report.rounds_to_agreement is not None and not self._more_to_come(k):
+                agreed = report.rounds_to_agreement is not None and not self._more_to_come(k)
+                if agreed or len(swarm.living()) < 2:
                     break
         except Stuck as stuck:
             self._run.liveness.complain(swarm.now, str(stuck))
@@ -304,21 +309,31 @@ class InStep:
         report.grid = plan_of.status(swarm.now).grid if plan_of else report.grid
         sides = parse_sides(report.grid) if report.grid else (1,)
         rounds = options.rounds or len(sides)
-        factor = 1.0
-        for j in range(rounds):
-            side = sides[(k * rounds + j) % len(sides)]
-            factor *= options.absent + (1 - options.absent) / side
-        report.theory.append(0.0 if rounds >= len(sides) and not absent and clean else factor)
-        if report.rounds_to_agreement is None and after < AGREED:
-            report.rounds_to_agreement = report.averagings
-        complete = all(e.receipt and e.receipt.outcome is Outcome.COMPLETE for e in endings.values())
         full = math.prod(sides) == len(living) == len(swarm.living())
+        self._clean = self._clean + 1 if clean and not absent else 0
+        report.theory.append(self._factor(k, sides, full=full))
+        if report.rounds_to_agreement is None and after < AGREED and len(swarm.living()) > 1:
+            report.rounds_to_agreement = report.averagings * rounds
+        complete = all(e.receipt and e.receipt.outcome is Outcome.COMPLETE for e in endings.values())
         self._run.contraction.in_step(
             swarm.now, before, after, axes=math.ceil(len(sides) / rounds), clean=clean and not absent, full=full
         )
         if clean and not absent and not complete and k > 0 and not self._recently_changed(k):
             why = next((e.receipt.why for e in endings.values() if e.receipt and e.receipt.why), "a call failed")
             self._run.liveness.complain(swarm.now, f"averaging {k} had no fault and is not complete: {why}")
+
+    def _factor(self, k: int, sides: tuple[int, ...], *, full: bool) -> float:
+        """By what the variance should fall in averaging k: 0 once every axis had its clean round, on a full grid or
+        with the weights that one averaging carries; else p + (1 - p) / M a round, p the share that is absent."""
+        options = self.options
+        rounds = options.rounds or len(sides)
+        if self._clean and (rounds >= len(sides) or (full and self._clean * rounds >= len(sides))):
+            return 0.0
+        here = 1.0 - options.absent
+        for burst in options.bursts:
+            here *= 1.0 - burst.share if burst.at == k else 1.0
+        taken = [sides[(k * rounds + j) % len(sides)] for j in range(rounds)]
+        return math.prod(1 - here + here / side for side in taken)
 
     def _recently_changed(self, k: int) -> bool:
         """After a fault or a change of the crowd the plan may still have to follow."""
@@ -334,7 +349,7 @@ class InStep:
         for peer in present:
             slow = rng.random() < options.slow_trainers
             moment = swarm.now + rng.uniform(0, options.slow_s if slow else options.apart_s)
-            swarm.at(moment, lambda p=peer: swarm.start_if_alive(p, packed(self._held[p]), call))  # type: ignore[misc]
+            swarm.at(moment, partial(swarm.start_if_alive, peer, packed(self._held[peer]), call))
         limit = 2 * options.timeout_s + options.pause_s + options.slow_s
         swarm.run_until(lambda: all(len(p.endings) > n or not p.alive for p, n in before.items()), limit)
         return {peer: peer.endings[n] for peer, n in before.items() if peer.alive and len(peer.endings) > n}
@@ -391,7 +406,7 @@ class MixedOptions:
     storm_s: float = 20.0
     """How long faults come."""
     odds: Odds = field(default_factory=Odds)
-    settle_averagings: int = 12
+    settle_averagings: int = 16
     """In step, after the faults: within so many everybody must meet completely."""
     calm_averagings: int = 2
     """... and must then do so this often."""
