@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, Unpack
 
 import click
+from click.core import ParameterSource
 
 import moshpitd
 from moshpitd.cli.failure import ExitCode, Failure
@@ -23,6 +25,7 @@ from moshpitd.config import Config, ConfigError, Flags, default_socket, load
 if TYPE_CHECKING:
     from moshpitd.cli.connection import Daemon
     from moshpitd.cli.forms import Json
+    from moshpitd.cli.simulation_flags import SimulationFlags
 
 _Verb = TypeVar("_Verb", bound=Callable[..., None])
 
@@ -95,9 +98,66 @@ def settings_flags(verb: _Verb) -> _Verb:
             click.option("--drain-timeout", metavar="SECONDS", help="What SIGTERM waits for a running round.  [20]"),
             click.option("--transport", metavar="grpc", help="How chunks travel between peers.  [grpc]"),
             click.option("--vector-bytes-max", metavar="N|NGiB", help="The largest vector of a trainer.  [4GiB]"),
+            click.option("--shared-memory-dir", metavar="DIR|auto|off", help="To share with trainers.  [/dev/shm]"),
             click.option("--preset", metavar="loopback|lan|wan", help="The kind of network.  [wan]"),
             click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [info]"),
             click.option("--config", metavar="FILE", help="TOML; weaker than flags and MOSHPITD_* variables."),
+        )
+    ):
+        verb = option(verb)
+    return verb
+
+
+def simulation_flags(verb: _Verb) -> _Verb:
+    """The flags of `simulate`. Text that has a grammar of its own is read by simulation_flags.py."""
+    share, length = click.FloatRange(0, 1), click.FloatRange(0, 1e6)
+    file = click.Path(path_type=Path, dir_okay=False)
+    for option in reversed(
+        (
+            click.option(
+                "--workload",
+                type=click.Choice(["in-step", "mixed"]),
+                default="in-step",
+                show_default=True,
+                help="in-step: all average at once, the spread is measured; mixed: everything goes wrong that may.",
+            ),
+            click.option("--peers", type=click.IntRange(2, 8192), help="[16; mixed: drawn from 16 to 64]"),
+            click.option("--grid", metavar="auto|8x8", default="auto", show_default=True, help="Pin the grid."),
+            click.option("--group-size-max", type=click.IntRange(2, 1024), default=16, show_default=True),
+            click.option("--rounds", metavar="N|auto", default="1", show_default=True, help="Of each averaging."),
+            click.option("--averagings-max", type=click.IntRange(1, 10_000), default=50, show_default=True),
+            click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+            click.option("--seeds", type=click.IntRange(1, 10**6), default=1, show_default=True, help="Run so many."),
+            click.option("--vector-bytes", metavar="64MB", help="What the links carry.  [next to nothing]"),
+            click.option("--delay", metavar="5ms[..20ms]", help="Of a message, one way.  [0.2ms..2ms]"),
+            click.option("--loss", type=click.FloatRange(0, 0.9), default=0.0, help="Share of messages sent again."),
+            click.option(
+                "--link",
+                metavar="NAME:COUNT:...",
+                multiple=True,
+                help="The lines of some peers, as in slow:2:up=1MB,down=5MB,delay=40ms,loss=0.01; repeatable.",
+            ),
+            click.option("--absent", type=share, default=0.0, help="Chance to miss an averaging."),
+            click.option("--crash", type=share, default=0.0, help="Chance of a daemon to die in an averaging."),
+            click.option("--pause", type=share, default=0.0, help="Chance of a daemon to stand still in one ..."),
+            click.option("--pause-seconds", type=length, default=5.0, show_default=True, help="... for up to."),
+            click.option("--burst", metavar="K:SHARE", multiple=True, help="So many are absent from averaging K."),
+            click.option(
+                "--partition",
+                metavar="K:SHARE:SECONDS[:one-way]",
+                multiple=True,
+                help="So many cannot reach the others from averaging K on.",
+            ),
+            click.option("--slow-trainers", type=share, default=0.0, help="Chance of a trainer to call late ..."),
+            click.option("--slow-seconds", type=length, default=2.0, show_default=True, help="... by up to."),
+            click.option("--join", metavar="K:N", multiple=True, help="N peers come before averaging K."),
+            click.option("--leave", metavar="K:N", multiple=True, help="N peers leave before averaging K."),
+            click.option("--directory-delay", metavar="10ms[..50ms]", help="Of a look-up.  [1ms..10ms]"),
+            click.option("--stale", type=length, default=0.0, help="Seconds until a record is seen, at most."),
+            click.option("--lost-writes", type=share, default=0.0, help="Share of records nobody gets to see."),
+            click.option("--timeout", metavar="SECONDS", callback=_timeout, default="60", show_default=True),
+            click.option("--plot", metavar="FILE", type=file, help="Draw the spread: .png, .svg or .pdf."),
+            click.option("--trace", metavar="FILE", type=file, help="Write everything that happens, messages too."),
         )
     ):
         verb = option(verb)
@@ -314,6 +374,45 @@ def show(*, offline: bool, as_json: bool, **flags: str | tuple[str, ...] | None)
         from moshpitd.cli import tables
 
         tables.config(values)
+
+
+@main.command()
+@simulation_flags
+@json_flag
+@click.pass_context
+def simulate(ctx: click.Context, **flags: Unpack[SimulationFlags]) -> None:
+    """Run a swarm on paper: the daemon's own machines under virtual time, with seeded faults.
+
+    The same options and seed give the same result, to the byte. Exit 1 when what must always hold did not.
+
+    64 peers, 3 % of them absent, two slow uplinks; which group size?
+
+        moshpitd simulate --peers 64 --absent 0.03 --link slow:2:up=5MB --vector-bytes 64MB --group-size-max 8
+    """
+    from moshpitd.cli import simulate as simulation
+    from moshpitd.cli.simulation_flags import read
+
+    typed = {name for name in flags if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    options = read(flags, typed)
+    if flags["seeds"] > 1:
+        seeds = simulation.run_seeds(options, flags["seeds"])
+        simulation.show_seeds(seeds, options, lambda seed: _replay(ctx, seed), as_json=flags["as_json"])
+    else:
+        report = simulation.run(options, plot=flags["plot"], trace=flags["trace"])
+        simulation.show(report, options, _replay(ctx, report.seed), as_json=flags["as_json"])
+
+
+def _replay(ctx: click.Context, seed: int) -> str:
+    """The command that runs this seed again, alone."""
+    words = ["moshpitd", "simulate"]
+    for param in ctx.command.params:
+        name = param.name or ""
+        given = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if given and name not in ("seed", "seeds", "plot", "trace", "as_json"):
+            value = ctx.params[name]
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [param.opts[0], str(each)]
+    return shlex.join([*words, "--seed", str(seed)])
 
 
 @main.command()

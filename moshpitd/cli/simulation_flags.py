@@ -1,0 +1,294 @@
+"""Reads the flags of `moshpitd simulate` into the options of a workload.
+
+Knows how links, bursts, partitions, amounts and durations are written, and which flags belong to which workload. Does
+not know what a workload does with its options.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+import click
+
+from moshpitd.averaging.grid import parse_sides
+from moshpitd.simulation.network import Link, Span, Weather
+from moshpitd.simulation.workloads import Absence, Crowd, InStepOptions, LinkClass, MixedOptions, Parting
+
+Options = InStepOptions | MixedOptions
+
+PEERS_DEFAULT = 16
+OF_MIXED = {"workload", "peers", "seed", "seeds", "trace", "as_json"}
+"""The flags that say something to the mixed workload; the rest it draws from the seed."""
+CHUNK_ELEMENTS = 4096
+"""Spans begin at multiples of this, so a vector on paper needs as many for each reducer."""
+
+_Read = TypeVar("_Read")
+
+
+class SimulationFlags(TypedDict):
+    """What was typed after `moshpitd simulate`, as click hands it over."""
+
+    workload: str
+    peers: int | None
+    grid: str
+    group_size_max: int
+    rounds: str
+    averagings_max: int
+    seed: int
+    seeds: int
+    vector_bytes: str | None
+    delay: str | None
+    loss: float
+    link: tuple[str, ...]
+    absent: float
+    crash: float
+    pause: float
+    pause_seconds: float
+    burst: tuple[str, ...]
+    partition: tuple[str, ...]
+    slow_trainers: float
+    slow_seconds: float
+    join: tuple[str, ...]
+    leave: tuple[str, ...]
+    directory_delay: str | None
+    stale: float
+    lost_writes: float
+    timeout: float
+    plot: Path | None
+    trace: Path | None
+    as_json: bool
+
+
+def read(flags: SimulationFlags, typed: Collection[str]) -> Options:
+    """`typed`: the flags that were given. Raises click.UsageError that names the flag and the way out."""
+    if flags["seeds"] > 1 and (flags["plot"] or flags["trace"]):
+        raise click.UsageError("--plot and --trace show one run: leave out --seeds")
+    if flags["workload"] == "mixed":
+        return _mixed(flags, typed)
+    return _in_step(flags)
+
+
+def _mixed(flags: SimulationFlags, typed: Collection[str]) -> MixedOptions:
+    strange = sorted(f"--{name.replace('_', '-')}" for name in typed if name not in OF_MIXED)
+    if strange:
+        raise click.UsageError(
+            f"{', '.join(strange)}: the mixed workload draws its faults, links and sizes from --seed; "
+            "--workload in-step takes them from you"
+        )
+    peers = flags["peers"]
+    return MixedOptions(seed=flags["seed"], peers=(peers, peers)) if peers else MixedOptions(seed=flags["seed"])
+
+
+def _in_step(flags: SimulationFlags) -> InStepOptions:
+    peers = flags["peers"] or PEERS_DEFAULT
+    sides = _read("--grid", flags["grid"], _grid)
+    if sides and math.prod(sides) > peers:
+        raise click.BadParameter(
+            f"{flags['grid']!r} has {math.prod(sides)} cells, and a plan needs a peer for each: "
+            f"--peers {math.prod(sides)} or a smaller grid",
+            param_hint="'--grid'",
+        )
+    joiners = _each("--join", flags["join"], _crowd)
+    options = InStepOptions(
+        peers=peers,
+        grid="x".join(map(str, sides)),
+        group_size_max=flags["group_size_max"],
+        rounds=_read("--rounds", flags["rounds"], _rounds),
+        averagings_max=flags["averagings_max"],
+        seed=flags["seed"],
+        classes=_classes(flags, peers + sum(crowd.count for crowd in joiners)),
+        weather=_weather(flags),
+        timeout_s=flags["timeout"],
+        absent=flags["absent"],
+        crash=flags["crash"],
+        pause=flags["pause"],
+        pause_s=flags["pause_seconds"],
+        bursts=_each("--burst", flags["burst"], _burst),
+        partings=_each("--partition", flags["partition"], _parting),
+        joiners=joiners,
+        leavers=_each("--leave", flags["leave"], _crowd),
+        slow_trainers=flags["slow_trainers"],
+        slow_s=flags["slow_seconds"],
+    )
+    dates = (
+        *(("--burst", burst.at) for burst in options.bursts),
+        *(("--partition", parting.at) for parting in options.partings),
+        *(("--join", crowd.at) for crowd in options.joiners),
+        *(("--leave", crowd.at) for crowd in options.leavers),
+    )
+    for flag, at in dates:
+        if at >= options.averagings_max:
+            last = options.averagings_max - 1
+            raise click.BadParameter(
+                f"averaging {at} never comes: they count from 0 to {last} (--averagings-max)", param_hint=f"'{flag}'"
+            )
+    if flags["vector_bytes"] is None:
+        return options
+    size = _read("--vector-bytes", flags["vector_bytes"], amount)
+    return replace(options, vector_bytes=size, elements=_elements(size, options, sides))
+
+
+def _weather(flags: SimulationFlags) -> Weather:
+    weather = Weather(stale_s=flags["stale"], lost_writes=flags["lost_writes"])
+    if flags["delay"] is not None:
+        weather = replace(weather, message=_read("--delay", flags["delay"], _span))
+    if flags["directory_delay"] is not None:
+        weather = replace(weather, directory=_read("--directory-delay", flags["directory_delay"], _span))
+    return weather
+
+
+def _classes(flags: SimulationFlags, peers: int) -> tuple[LinkClass, ...]:
+    """Both ends of a message add their losses, so each has half of what --loss says."""
+    classes = list(_each("--link", flags["link"], _link))
+    rest = peers - sum(each.count for each in classes)
+    if rest < 0:
+        raise click.BadParameter(f"together they have {-rest} more peers than the swarm", param_hint="'--link'")
+    if not flags["loss"]:
+        return tuple(classes)
+    half = flags["loss"] / 2
+    classes = [LinkClass(replace(c.link, loss=c.link.loss or half), c.count) for c in classes]
+    return (*classes, LinkClass(Link(loss=half), rest))
+
+
+def _elements(size: float, options: InStepOptions, sides: tuple[int, ...]) -> int:
+    """Chunks enough that every reducer has its share and they overlap, few enough for many peers."""
+    largest = max(sides) if sides else min(options.peers, options.group_size_max * 5 // 4)
+    chunks = 4 if options.peers <= 64 else 2 if options.peers <= 256 else 1
+    return max(1, min(math.ceil(size / 4), CHUNK_ELEMENTS * largest * chunks))
+
+
+# ---- how things are written
+
+
+def seconds(text: str) -> float:
+    """ "5ms", "2s" or "0.5"."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(|s|ms|us)", text.strip())
+    if not match:
+        raise ValueError("is no duration: write 5ms or 0.005")
+    return float(match[1]) * {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}[match[2]]
+
+
+def amount(text: str) -> float:
+    """Bytes: "64MB", "64MiB" or a number."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(|B|kB|KB|MB|GB|KiB|MiB|GiB)", text.strip())
+    if not match or not float(match[1]):
+        raise ValueError("is no amount of bytes: write 64MB, 64MiB or a number above 0")
+    factors = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    return float(match[1]) * factors[match[2].upper()]
+
+
+def _grid(text: str) -> tuple[int, ...]:
+    """Empty: auto."""
+    if text == "auto":
+        return ()
+    try:
+        sides = parse_sides(text)
+    except ValueError as error:
+        raise ValueError("is no grid: write auto, or sides like 8, 4x4 or 2x3x4") from error
+    if math.prod(sides) < 2:
+        raise ValueError("has one cell only: nobody would meet")
+    return sides
+
+
+def _rounds(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise ValueError("is neither auto nor a number from 1 to 64")
+    return int(text)
+
+
+def _span(text: str) -> Span:
+    low, dots, high = text.partition("..")
+    ends = seconds(low), seconds(high if dots else low)
+    if ends[0] > ends[1]:
+        raise ValueError("ends before it begins: write the shorter one first, 5ms..20ms")
+    return ends
+
+
+def _link(text: str) -> LinkClass:
+    name, count, terms = _parts(text, 2, 3, "NAME:COUNT:up=1MB,down=5MB,delay=40ms,loss=0.01")
+    given: dict[str, float] = {}
+    readers: dict[str, Callable[[str], float]] = {"up": amount, "down": amount, "delay": seconds, "loss": _loss}
+    for term in terms.split(",") if terms else ():
+        key, _, value = term.partition("=")
+        if key not in readers:
+            near = difflib.get_close_matches(key, readers, 1)
+            meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(readers)}"
+            raise ValueError(f"says {key!r}, which no link has: {meant}")
+        try:
+            given[key] = readers[key](value)
+        except ValueError as error:
+            raise ValueError(f"says {term!r}, and {value!r} {error}") from error
+    link = Link(name, given.get("delay", 0.0), given.get("up", 0.0), given.get("down", 0.0), given.get("loss", 0.0))
+    return LinkClass(link, _count(count, "COUNT", least=1))
+
+
+def _burst(text: str) -> Absence:
+    at, share, _ = _parts(text, 2, 2, "K:SHARE, as in 0:0.1")
+    return Absence(_count(at, "K"), _share(share))
+
+
+def _parting(text: str) -> Parting:
+    shape = "K:SHARE:SECONDS or K:SHARE:SECONDS:one-way, as in 2:0.3:5"
+    at, share, rest = _parts(text, 3, 4, shape)
+    lasts, _, way = rest.partition(":")
+    if way not in ("", "one-way"):
+        raise ValueError(f"ends in {way!r}: write {shape}")
+    return Parting(_count(at, "K"), _share(share), seconds(lasts), one_way=way == "one-way")
+
+
+def _crowd(text: str) -> Crowd:
+    at, count, _ = _parts(text, 2, 2, "K:N, as in 3:2")
+    return Crowd(_count(at, "K"), _count(count, "N", least=1))
+
+
+def _parts(text: str, least: int, most: int, shape: str) -> tuple[str, str, str]:
+    """The first, the second, the rest."""
+    parts = text.split(":")
+    if not least <= len(parts) <= most or not all(parts):
+        raise ValueError(f"is not of the form {shape}")
+    return parts[0], parts[1], ":".join(parts[2:])
+
+
+def _count(text: str, what: str, *, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"has {text!r} for {what}: write a whole number from {least} up")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ValueError(f"has {text!r} for a share: write a number from 0 to 1")
+    return share
+
+
+def _loss(text: str) -> float:
+    try:
+        loss = float(text)
+    except ValueError:
+        loss = math.nan
+    if not 0 <= loss < 1:
+        raise ValueError("is no loss: write a share from 0 to below 1")
+    return loss
+
+
+def _each(flag: str, texts: Iterable[str], reader: Callable[[str], _Read]) -> tuple[_Read, ...]:
+    return tuple(_read(flag, text, reader) for text in texts)
+
+
+def _read(flag: str, text: str, reader: Callable[[str], _Read]) -> _Read:
+    try:
+        return reader(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} {error}", param_hint=f"'{flag}'") from error

@@ -1,0 +1,1 @@
+"""The simulation itself: its clock, network and directory, its checkers, and the figures of the real machines."""
