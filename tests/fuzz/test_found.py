@@ -159,7 +159,7 @@ def test_one_told_a_count_that_nobody_holds_stays_with_the_others() -> None:
         theatre.average_all([*theatre.honest, theatre.villain])
     theatre.swallow = None
     assert max(peer.machine.status(theatre.now).epoch for peer in theatre.honest) < 1000
-    theatre.assert_it_recovers(tries=80)
+    theatre.assert_it_recovers()
 
 
 def test_those_far_behind_their_leader_are_led_all_the_same() -> None:
