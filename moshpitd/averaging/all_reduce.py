@@ -234,6 +234,9 @@ class AllReduce:
         match message:
             case Heartbeat(moved=moved):
                 beat.moved(moved, now)
+                if self.state in (State.READY, State.COMMITTED) and {sender} <= self._ready.keys() & self._told_ready:
+                    # Ready, it still waits, for our word perhaps: one is lost with its connection, or for want of one.
+                    self._tell(sender, Ready(self.group.group_id, self._view, self._digest))
             case Suspect(view=view, rank=rank, why=why):
                 self._check_rank(rank)
                 if view == self._view and sender in self._live and rank != sender:

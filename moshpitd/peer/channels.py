@@ -18,6 +18,10 @@ class PeerConfig:
     """How far a stream may run ahead of its reader. 16 MiB fills long fat links and costs 50 MB more in a round."""
     dial_timeout_s: float = 5.0
     """How long connecting and the hello may take."""
+    redial_pause_s: float = 0.5
+    """After an address could not be connected to, it is not tried again before; meanwhile dials to it fail at once."""
+    dialable_again_s: float = 10.0
+    """One who could not dial us back may itself be at fault: after this another one is asked."""
     keepalive_s: float = 10.0
     """A connection without traffic is probed this often, and given up after half of it without an answer."""
     outbox_max: int = 1024
@@ -56,8 +60,20 @@ def _options(config: PeerConfig) -> list[tuple[str, int]]:
 
 
 def dial(address: str, config: PeerConfig) -> grpc.aio.Channel:
-    """A channel to another daemon. Connects when it is first used."""
-    return grpc.aio.insecure_channel(address, options=[*_options(config), ("grpc.enable_retries", 0)])
+    """A channel to another daemon. Connects when it is first used.
+
+    It shares nothing with other channels to that address: who asks whether a peer can be dialled is not to be told what
+    came of an earlier attempt. And it soon tries again what failed: gRPC's own pauses grow to two minutes, in which a
+    peer that was restarted would count as dead.
+    """
+    ours = [
+        ("grpc.enable_retries", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.initial_reconnect_backoff_ms", int(config.redial_pause_s * 1000)),
+        ("grpc.max_reconnect_backoff_ms", int(config.redial_pause_s * 1000)),
+        ("grpc.min_reconnect_backoff_ms", int(config.dial_timeout_s * 1000)),
+    ]
+    return grpc.aio.insecure_channel(address, options=[*_options(config), *ours])
 
 
 def new_server(config: PeerConfig) -> grpc.aio.Server:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import secrets
 from collections import OrderedDict
@@ -350,20 +351,31 @@ class PeerDoor:
     # ---- can we be dialled?
 
     async def _learn_dialable(self, conversation: Conversation) -> None:
-        """Ask the first peer we reach to dial us back."""
-        try:
-            async with asyncio.timeout(3 * self._config.dial_timeout_s):
-                reachable = await conversation.want_dial_back(self._announced)
-        except (TimeoutError, RemoteProtocolError):
-            self._dialable_known = False
-            return
-        if not reachable:
-            log.warning(
-                "%s could not dial us at %s: we can join groups but not lead or reduce",
-                short(conversation.peer),
-                self._announced,
-            )
-        self._inbox.dialable_found(dialable=reachable)
+        """Ask the first peer we reach to dial us back; while it is in vain, others after a pause."""
+        told = False
+        for attempt in itertools.count():
+            try:
+                async with asyncio.timeout(3 * self._config.dial_timeout_s):
+                    reachable = await conversation.want_dial_back(self._announced)
+            except (TimeoutError, RemoteProtocolError):
+                self._dialable_known = False
+                return
+            self._inbox.dialable_found(dialable=reachable)
+            if reachable:
+                return
+            if not told:
+                log.warning(
+                    "%s could not dial us at %s: until somebody can, we join groups but do not lead or reduce",
+                    short(conversation.peer),
+                    self._announced,
+                )
+                told = True
+            await asyncio.sleep(self._config.dialable_again_s)
+            if not self._conversations:
+                self._dialable_known = False
+                return
+            peers = sorted(self._conversations)
+            conversation = self._conversations[peers[attempt % len(peers)]][0]
 
     async def _try_dialling(self, conversation: Conversation, address: str) -> None:
         """Whether the peer itself answers at the address it names."""
