@@ -1,8 +1,9 @@
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 PYTEST_ARGS ?=
+SEEDS ?= 200
 
-.PHONY: help demo test check protos bench image swarm clean
+.PHONY: help demo test check protos simulate chaos soak bench image swarm clean
 
 # help: this list
 help:
@@ -28,6 +29,23 @@ check: $(INSTALLED)
 # protos: write the stubs of the daemon and of the Python client anew
 protos: $(INSTALLED)
 	$(PYTHON) protos/generate.py
+
+# simulate: SEEDS=200 swarms on paper in which everything goes wrong, then how many rounds 16 and 64 peers need
+simulate: $(INSTALLED)
+	$(PYTHON) -m moshpitd simulate --workload mixed --seeds $(SEEDS)
+	set -e; for row in "16 4x4 0" "16 4x4 0.01" "64 8x8 0" "64 8x8 0.001" "64 8x8 0.005" "64 8x8 0.01" \
+			"64 4x4x4 0" "64 4x4x4 0.001" "64 4x4x4 0.005" "64 4x4x4 0.01"; do \
+		set -- $$row; echo "$$1 peers on $$2, $$3 absent"; \
+		$(PYTHON) -m moshpitd simulate --peers $$1 --grid $$2 --absent $$3 --seeds 10; \
+	done
+
+# chaos: real daemons behind fault proxies, killed and paused, judged by their receipts; SEED=1 MINUTES=2
+chaos: $(INSTALLED)
+	$(PYTHON) -m tests.end_to_end.chaos --seed $(or $(SEED),1) --minutes $(or $(MINUTES),2)
+
+# soak: a kill or a pause every 5 s for an hour, the daemons' memory, descriptors, threads and tasks; SEED=1 MINUTES=60
+soak: $(INSTALLED)
+	$(PYTHON) -m tests.end_to_end.chaos.soak --seed $(or $(SEED),1) --minutes $(or $(MINUTES),60)
 
 # bench: measure, side by side with others where they can be installed
 bench: $(INSTALLED)
