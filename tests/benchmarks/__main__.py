@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import directory, exactness, idle, matchmaking, whole_step
+from tests.benchmarks import directory, exactness, failover, idle, matchmaking, whole_step
 from tests.benchmarks.figures import Figure, Measured, WrongResult
 from tests.benchmarks.swarm import SwarmFailed
 
@@ -32,6 +32,7 @@ BENCHMARKS: dict[str, Callable[..., Measured]] = {
     "exactness": exactness.measure,
     "matchmaking": matchmaking.measure,
     "whole_step": whole_step.measure,
+    "failover": failover.measure,
     "idle": idle.measure,
     "directory": directory.measure,
 }

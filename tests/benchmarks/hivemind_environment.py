@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 CACHE_DIR = HERE.parent.parent / ".bench"
 REQUIREMENTS = HERE / "hivemind_requirements.txt"
 ROUND_SCRIPT = HERE / "hivemind_round.py"
+KILL_SCRIPT = HERE / "hivemind_kill.py"
 INSTALL_TIMEOUT_S = 900
 START_TIMEOUT_S = 120
 ROUND_TIMEOUT_S = 60
@@ -82,6 +83,31 @@ class HivemindReport:
     def whole_rounds(self) -> tuple[HivemindRound, ...]:
         """The rounds to compare with."""
         return tuple(round_ for round_ in self.rounds if round_.whole(self.group_size))
+
+
+@dataclass(frozen=True, slots=True)
+class HivemindSurvivor:
+    """What one survivor of a kill in the middle of a round was left with."""
+
+    seconds: float
+    """From the kill to the end of its step."""
+    failure: str | None
+    own: float
+    """The share of its elements that are still its own, averaged with nobody."""
+    mean_of_all: float
+    mean_of_survivors: float
+    other: float
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class HivemindKill:
+    """A round in which one peer of all was killed, after a clean one."""
+
+    hivemind: str
+    data_seconds: float
+    """Of the clean round."""
+    survivors: tuple[HivemindSurvivor, ...]
 
 
 def make_environment(cache_dir: Path = CACHE_DIR) -> HivemindEnvironment:
@@ -134,6 +160,15 @@ def measure(
         warm_up_seconds=measured[0].seconds,
         rounds=tuple(measured[1:]),
     )
+
+
+def measure_kill(environment: HivemindEnvironment, *, peers: int, megabytes: float) -> HivemindKill:
+    """Averages once in one group, then again with one peer killed in the middle of the data."""
+    command = [str(environment.python), str(KILL_SCRIPT), "--peers", str(peers), "--megabytes", str(megabytes)]
+    output = _run(command, "kill a peer in a round of hivemind", START_TIMEOUT_S + 4 * ROUND_TIMEOUT_S)
+    raw = json.loads(output.splitlines()[-1])
+    survivors = tuple(HivemindSurvivor(**each) for each in raw["survivors"])
+    return HivemindKill(raw["hivemind"], raw["data_seconds"], survivors)
 
 
 def _refuse_unknown_platform() -> None:

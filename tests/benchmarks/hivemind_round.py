@@ -63,7 +63,7 @@ class TimedAverager(hivemind.DecentralizedAverager):
 
 
 @contextlib.contextmanager
-def _averagers(peers: int, group_size: int, elements: int, settings: Settings) -> Iterator[list[TimedAverager]]:
+def averagers_of(peers: int, group_size: int, elements: int, settings: Settings) -> Iterator[list[TimedAverager]]:
     """Starts one DHT and one averager a peer; shuts all of them down in the end, whatever happened."""
     buckets = peers // group_size
     bits = int(math.log2(buckets))
@@ -90,7 +90,7 @@ def _averagers(peers: int, group_size: int, elements: int, settings: Settings) -
         yield averagers
 
 
-def _step(averager: TimedAverager, barrier: threading.Barrier, settings: Settings) -> tuple[float, float, PeerStep]:
+def step_of(averager: TimedAverager, barrier: threading.Barrier, settings: Settings) -> tuple[float, float, PeerStep]:
     """One peer's round: the moments it began and ended, and what it saw."""
     barrier.wait(timeout=60)
     began = time.perf_counter()
@@ -110,12 +110,12 @@ def measure(peers: int, group_size: int, megabytes: float, rounds: int, settings
     elements = int(megabytes * 1e6) // 4
     report = []
     with (
-        _averagers(peers, group_size, elements, settings) as averagers,
+        averagers_of(peers, group_size, elements, settings) as averagers,
         ThreadPoolExecutor(max_workers=peers) as threads,
     ):
         for number in range(rounds):
             barrier = threading.Barrier(peers)
-            futures = [threads.submit(_step, averager, barrier, settings) for averager in averagers]
+            futures = [threads.submit(step_of, averager, barrier, settings) for averager in averagers]
             begins, ends, steps = zip(*(future.result() for future in futures), strict=True)
             report.append(
                 {

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,14 @@ class Go:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckSpans:
+    """Compare elements [start, stop) of the tensor with the mean over these ranks, equally weighted; for each span."""
+
+    turn: int
+    spans: tuple[tuple[int, int, frozenset[int]], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """Compare the tensor with the mean over ranks, weighted."""
 
@@ -84,6 +92,15 @@ class Check:
 def values(rank: int, turn: int, elements: int) -> npt.NDArray[np.float32]:
     """What a trainer's tensor holds before the averaging: of both signs, different for every rank and turn."""
     return np.random.default_rng([rank, turn]).random(elements, np.float32) * np.float32(2.0) - np.float32(1.0)
+
+
+def mean(turn: int, weights: Mapping[int, float], elements: int) -> npt.NDArray[np.float64]:
+    """What an averaging over these ranks must give."""
+    exact = np.zeros(elements, np.float64)
+    for rank, share in weights.items():
+        exact += values(rank, turn, elements) * np.float64(share)
+    exact /= sum(weights.values())
+    return exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +238,31 @@ class Trainers:
             steps.append(step)
         return steps
 
+    def step_as_it_comes(self, victim: int | None = None, meanwhile: Callable[[], None] = lambda: None) -> list[Step]:
+        """The same with equal weights and any outcome, while something is done; without the victim's step."""
+        self._turn += 1
+        for link in self._links:
+            link.send(Go(self._turn, 1.0))
+        self._release.wait(STEP_TIMEOUT_S)
+        meanwhile()
+        steps: list[Step] = []
+        for rank in range(len(self._links)):
+            if rank != victim:
+                step = self._answer(rank)
+                assert isinstance(step, Step)
+                steps.append(step)
+        return steps
+
+    def span_error(self, rank: int, receipt: Receipt) -> float:
+        """How far this trainer's tensor is from what its receipt names, span by span; one round, equal weights."""
+        (only,) = receipt.rounds
+        ranks = {peer: index for index, peer in enumerate(self.peer_ids)}
+        spans = tuple((s.start, s.stop, frozenset(ranks[peer] for peer in s.contributors)) for s in only.spans)
+        self._links[rank].send(CheckSpans(self._turn, spans))
+        found = self._answer(rank)
+        assert isinstance(found, float)
+        return found
+
     def error(self, rank: int, weights: Mapping[int, float]) -> float:
         """How far this trainer's tensor is from the mean over these ranks, which are to be weighted so."""
         self._links[rank].send(Check(self._turn, weights))
@@ -309,10 +351,15 @@ def _train(
                             ended = time.monotonic()
                             link.send(Step(began, ended, receipt, zlib.crc32(tensor.view(np.uint8).data)))
                         case Check(turn=turn, weights=weights):
-                            exact = np.zeros(elements, np.float64)
-                            for other, share in weights.items():
-                                exact += values(other, turn, elements) * np.float64(share)
-                            exact /= sum(weights.values())
+                            exact = mean(turn, weights, elements)
                             link.send(float(np.abs(tensor - exact).max() / np.abs(exact).max()))
+                        case CheckSpans(turn=turn, spans=spans):
+                            found = 0.0
+                            for ranks in {each for _, _, each in spans}:
+                                exact = mean(turn, dict.fromkeys(ranks, 1.0), elements)
+                                for start, stop, each in spans:
+                                    if each == ranks:
+                                        found = max(found, float(np.abs(tensor[start:stop] - exact[start:stop]).max()))
+                            link.send(found / float(np.abs(exact).max()))
         except moshpit_client.MoshpitError as error:
             link.send(Refused(str(error)))
