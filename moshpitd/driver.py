@@ -43,7 +43,7 @@ from moshpitd.averaging.errors import (
     SessionNotFound,
     Unavailable,
 )
-from moshpitd.averaging.messages import Address, Chunk, Message, Sighting
+from moshpitd.averaging.messages import Address, Chunk, Message, Record, Sighting
 from moshpitd.averaging.names import GroupId, Key, PeerId, Rank, short
 from moshpitd.averaging.receipt import Receipt
 from moshpitd.averaging.session import Call, Session, SessionConfig, SessionOptions, SessionStatus, Whereabouts
@@ -577,14 +577,14 @@ class Running:
             log.warning("%s: cannot withdraw: %s", self.machine.options.name, error)
 
     def _heard(self, key: Key, kind: str, roster: Roster) -> None:
-        sightings: list[Sighting] = []
+        now, sightings = asyncio.get_running_loop().time(), list[Sighting[Record]]()
         for one in roster:
             try:
                 record = wire.record_from(kind, one.body)
             except RemoteProtocolError as wrong:
                 log.warning("%s announces nonsense: %s", short(one.peer), wrong)
                 continue
-            sightings.append(Sighting(one.peer, one.incarnation, one.sequence, one.ttl_s, record))
+            sightings.append(Sighting(one.peer, one.incarnation, one.sequence, now, now + one.ttl_s, record))
         self.feed(partial(self.machine.roster_received, key, sightings))
 
 

@@ -170,7 +170,9 @@ class AllReduce:
     def _heard(self) -> list[Rank]:
         """Who of the live can talk with us, and we ourselves: two that nobody can dial do not hear each other."""
         members = self.group.members
-        return [r for r in self._live if r == self.rank or members[r].dialable or members[self.rank].dialable]
+        if members[self.rank].dialable:
+            return list(self._live)
+        return [r for r in self._live if r == self.rank or members[r].dialable]
 
     @property
     def finished(self) -> bool:
@@ -510,6 +512,8 @@ class AllReduce:
     def _vouch(self) -> None:
         """Say Ready to whom it can be said: two that nobody can dial do not hear each other, so to one of them our
         Ready also stands for the others of its kind, and waits for theirs."""
+        if self._told_ready.issuperset(self._live):
+            return
         mute = {rank for rank in self._live if not self.group.members[rank].dialable and rank != self.rank}
         silent = {rank for rank in mute if self._ready.get(rank) != self._digest}
         for rank in self._heard:

@@ -16,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 from moshpitd.averaging.names import Key, PeerId, digest, key
 
@@ -157,7 +157,7 @@ def _turn(version: int, peer: PeerId) -> bytes:
 
 def decider(version: int, live: Iterable[PeerId]) -> PeerId:
     """Who makes the plan of this version."""
-    return min(live, key=lambda peer: _turn(version, peer))
+    return min(live, key=partial(_turn, version))
 
 
 def carried_weight(weights: Sequence[float], coordinates: Sequence[int], rank: int) -> float:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
 from moshpitd.averaging.grid import (
@@ -28,8 +28,8 @@ from moshpitd.averaging.grid import (
     parse_sides,
 )
 from moshpitd.averaging.matchmaking import Candidate
-from moshpitd.averaging.messages import Lease, PlanNotice, Sighting
-from moshpitd.averaging.names import Incarnation, PeerId, digest
+from moshpitd.averaging.messages import Lease, PlanNotice, Record, Sighting
+from moshpitd.averaging.names import PeerId, digest
 
 MISSES_MAX = 2
 """Who was expected and missing in this many averagings running is not expected any more."""
@@ -57,19 +57,19 @@ class Credentials(Protocol):
     def plan_is_genuine(self, signer: PeerId, body: bytes, public_key: bytes, signature: bytes) -> bool: ...
 
 
-@dataclass(slots=True)
-class Known:
-    """The newest lease of one peer."""
+Known = Sighting[Lease]
+"""The newest lease of one peer, as it was seen: a simulated swarm shares it among all who see it."""
 
-    lease: Lease
-    incarnation: Incarnation
-    sequence: int
-    expires_at: float
-    opened_at: float
-    """By our own clock."""
+
+@dataclass(slots=True)
+class Mark:
+    """What we know of one peer beyond its lease. Few have one: those we met or missed since."""
+
     misses: int = 0
-    newer_plan_since: float = -math.inf
-    """Since when it announces a plan that we do not have."""
+    """Of averagings in which it was expected, running."""
+    k: int = -1
+    last_k: int = -1
+    """As in its lease, where that is older."""
 
 
 class Membership:
@@ -94,16 +94,18 @@ class Membership:
         self._credentials = credentials
         self._opened_at = now
         self._heard_over = -1
-        self._known: dict[PeerId, Known] = {}
-        self._suspects: dict[PeerId, tuple[Incarnation, int]] = {}
         self._others: dict[PeerId, Known] = {}
-        """The live, unsuspected ones with our terms; follows the two above."""
+        """The live, unsuspected ones with our terms."""
+        self._aside: dict[PeerId, Known] = {}
+        """Everybody else we know: suspects, and those with other terms."""
+        self._suspects: set[PeerId] = set()
+        self._marks: dict[PeerId, Mark] = {}
+        self._ahead: dict[PeerId, float] = {}
+        """Those whose lease named a plan newer than ours when it came, and since when they do."""
         self._crowd = 0
         """Counts how often somebody came into or left `_others`: what depends only on who is there is kept so long."""
-        self._spoken = 0
-        """Counts how often what somebody's lease says of plans and pins changed."""
-        self._strangers: set[PeerId] = set()
-        """Unsuspected, with other terms."""
+        self._told = 0
+        """Counts how often what we know of anybody may have changed."""
         self._kept: dict[str, tuple[tuple[int, ...], object]] = {}
         """Answers that cost a look at everybody, with the counts for which they hold."""
         self._gone: set[PeerId] = set()
@@ -119,137 +121,142 @@ class Membership:
 
     # ---- inputs
 
-    def sighted(self, sighting: Sighting, now: float) -> None:
-        """A verified lease of another session under our session key."""
-        lease = sighting.record
-        if sighting.peer == self._me or not isinstance(lease, Lease):
-            return
-        known = self._known.get(sighting.peer)
-        stamp = (sighting.incarnation, sighting.sequence)
-        if known and sighting.sequence <= known.sequence:
-            return
-        if self._suspects.get(sighting.peer) not in (None, stamp):
-            del self._suspects[sighting.peer]
-        self._gone.discard(sighting.peer)
-        if known is None and len(self._known) >= LEASES_MAX:
-            return
-        misses = known.misses if known and known.lease.last_k >= lease.last_k else 0
-        version = self._plans[-1].plan.version if self._plans else 0
-        newer_before = known is not None and known.lease.plan_version > version
-        newer_plan_since = known.newer_plan_since if known and newer_before else now
-        if known and known.incarnation == sighting.incarnation and known.lease.terms == lease.terms:
-            # It was announced a while ago; we may have met it since. Counts never go back.
-            counts = (max(known.lease.k, lease.k), max(known.lease.last_k, lease.last_k))
-            if counts != (lease.k, lease.last_k):
-                lease = replace(lease, k=counts[0], last_k=counts[1])
-        if known is None or _says_of_plans(known.lease) != _says_of_plans(lease):
-            self._spoken += 1
-        self._known[sighting.peer] = Known(
-            lease,
-            sighting.incarnation,
-            sighting.sequence,
-            now + sighting.ttl_s,
-            now - lease.open_s,
-            misses,
-            newer_plan_since,
-        )
-        self._place(sighting.peer)
+    def sighted(self, sightings: Sequence[Sighting[Record]], now: float) -> None:
+        """Verified leases of other sessions under our session key. In a large swarm most time is spent here."""
+        others, aside, marks, ahead = self._others, self._aside, self._marks, self._ahead
+        terms, version = self._terms, self._version()
+        for sighting in cast("Sequence[Known]", sightings):
+            peer, lease = sighting.peer, sighting.record
+            known = others.get(peer) or aside.get(peer)
+            if not isinstance(lease, Lease) or (known is not None and sighting.sequence <= known.sequence):
+                continue
+            if known is None:
+                if peer == self._me or len(others) + len(aside) >= LEASES_MAX:
+                    continue
+                self._gone.discard(peer)
+            elif lease.k < known.record.k or lease.last_k < known.record.last_k or peer in marks:
+                self._compare(known, sighting)
+            if lease.plan_version > version:
+                if known is None or known.record.plan_version <= version:
+                    ahead[peer] = now
+            elif ahead:
+                ahead.pop(peer, None)
+            if lease.terms == terms and not (aside and peer in aside):
+                others[peer] = sighting
+                self._crowd += known is None
+            else:
+                self._suspects.discard(peer)
+                self._place(sighting)
+        self._told += bool(sightings)
 
-    def _place(self, peer: PeerId) -> None:
+    def _compare(self, known: Known, sighting: Known) -> None:
+        """Its new lease was announced a while ago; we may have met it since. Counts never go back."""
+        before, lease = self._mark(known.peer), sighting.record
+        k, last_k = self._counts(known)
+        mark = Mark(before.misses if last_k >= lease.last_k else 0)
+        if known.incarnation == sighting.incarnation and known.record.terms == lease.terms:
+            mark.k, mark.last_k = k, last_k
+        self._marks[known.peer] = mark
+        if not mark.misses and mark.k <= lease.k and mark.last_k <= lease.last_k:
+            del self._marks[known.peer]
+
+    def _place(self, known: Known) -> None:
         """Count it in or out, after what we know of it changed."""
-        known = self._known.get(peer)
-        suspected = peer in self._suspects
-        if known and not suspected and known.lease.terms == self._terms:
-            self._crowd += peer not in self._others
-            self._others[peer] = known
-        elif self._others.pop(peer, None):
-            self._crowd += 1
-        if known and not suspected and known.lease.terms != self._terms:
-            self._strangers.add(peer)
-        else:
-            self._strangers.discard(peer)
+        counts = known.peer not in self._suspects and known.record.terms == self._terms
+        self._crowd += counts != (known.peer in self._others)
+        (self._aside if counts else self._others).pop(known.peer, None)
+        (self._others if counts else self._aside)[known.peer] = known
 
     def expire(self, now: float) -> None:
-        for peer in [peer for peer, known in self._known.items() if known.expires_at <= now]:
-            del self._known[peer]
-            self._suspects.pop(peer, None)
-            self._gone.add(peer)
-            self._place(peer)
+        for known in [k for there in (self._others, self._aside) for k in there.values() if k.expires_at <= now]:
+            self._crowd += known.peer in self._others
+            for kept in (self._others, self._aside, self._marks, self._ahead):
+                kept.pop(known.peer, None)
+            self._suspects.discard(known.peer)
+            self._gone.add(known.peer)
 
     def suspect(self, peer: PeerId) -> None:
         """It did not answer: not expected and no leader until a newer record of it is seen."""
-        if known := self._known.get(peer):
-            self._suspects[peer] = (known.incarnation, known.sequence)
-            self._place(peer)
+        if known := self._known(peer):
+            self._suspects.add(peer)
+            self._place(known)
 
     def heard(self, peer: PeerId) -> None:
         """It spoke to us over a proved channel: whatever we suspected, it is there."""
-        if self._suspects.pop(peer, None):
-            self._place(peer)
+        if peer in self._suspects:
+            self._suspects.remove(peer)
+            self._place(self._aside[peer])
 
     def took_part(self, peer: PeerId, k: int) -> None:
         """We met it in averaging k."""
-        if known := self._known.get(peer):
-            known.misses = 0
-            lease = known.lease
-            known.lease = replace(lease, last_k=max(lease.last_k, k), k=max(lease.k, k))
+        if self._known(peer):
+            mark = self._mark(peer)
+            mark.misses, mark.k, mark.last_k = 0, max(mark.k, k), max(mark.last_k, k)
+            self._told += 1
 
     def missed(self, peer: PeerId) -> None:
         """It was expected and did not come."""
-        if known := self._known.get(peer):
-            known.misses += 1
+        if self._known(peer):
+            self._mark(peer).misses += 1
 
     def lags_behind(self, peer: PeerId, k: int) -> bool:
         """Whether what we know of this peer, now seen in averaging k, is old."""
-        known = self._known.get(peer)
-        return known is None or known.lease.k + 1 < k
+        known = self._known(peer)
+        return known is None or self._counts(known)[0] + 1 < k
 
     def left(self, peer: PeerId) -> None:
         """It said farewell. Its record may still be around: a newer one is needed to believe in it again."""
         self.suspect(peer)
-        if known := self._known.get(peer):
-            known.misses = MISSES_MAX
+        if self._known(peer):
+            self._mark(peer).misses = MISSES_MAX
 
     # ---- who is there
 
-    def others(self) -> dict[PeerId, Known]:
-        """Live, unsuspected sessions with our terms. Ours: not to be changed."""
+    def others(self) -> Mapping[PeerId, Known]:
+        """Live, unsuspected sessions with our terms."""
         return self._others
 
-    def everyone(self) -> dict[PeerId, Known]:
+    def everyone(self) -> list[PeerId]:
         """All known sessions of this name, whatever their terms."""
-        return dict(self._known)
+        return [*self._others, *self._aside]
 
     def is_suspect(self, peer: PeerId) -> bool:
         return peer in self._suspects
 
     def live_count(self) -> int:
-        return 1 + len(self.others())
+        return 1 + len(self._others)
 
     def address_of(self, peer: PeerId) -> str:
-        known = self._known.get(peer)
-        return known.lease.address if known and known.lease.dialable else ""
+        known = self._known(peer)
+        return known.record.address if known and known.record.dialable else ""
+
+    def _known(self, peer: PeerId) -> Known | None:
+        return self._others.get(peer) or self._aside.get(peer)
+
+    def _mark(self, peer: PeerId) -> Mark:
+        return self._marks.setdefault(peer, Mark())
+
+    def _counts(self, known: Known) -> tuple[int, int]:
+        """The averaging it is in or takes part in next, and the last one it took part in, as far as we know."""
+        lease, mark = known.record, self._marks.get(known.peer)
+        return (max(lease.k, mark.k), max(lease.last_k, mark.last_k)) if mark else (lease.k, lease.last_k)
 
     def majority_against_us(self) -> PeerId | None:
         """Somebody whose terms most live sessions share, when ours are not among them; the later joiner loses a tie."""
-        if not self._strangers:
+        strangers = [known for peer, known in self._aside.items() if peer not in self._suspects]
+        if not strangers:
             return None
-        camps = Counter(known.lease.terms for peer, known in self._known.items() if peer not in self._suspects)
-        ours = camps.pop(self._terms, 0) + 1
-        if not camps or max(camps.values()) < ours:
+        camps = Counter(known.record.terms for known in strangers)
+        ours, largest = self.live_count(), max(camps.values())
+        if largest < ours:
             return None
-        largest = max(camps.values())
         camp = min(terms for terms, count in camps.items() if count == largest)
-        theirs = {
-            peer: known
-            for peer, known in self._known.items()
-            if known.lease.terms == camp and peer not in self._suspects
-        }
-        spokesman = min(theirs, key=lambda peer: digest("spokesman", peer, self._me))
+        theirs = [known for known in strangers if known.record.terms == camp]
+        spokesman = min((known.peer for known in theirs), key=lambda peer: digest("spokesman", peer, self._me))
         if largest > ours:
             return spokesman
-        allies = [known.opened_at for known in self.others().values()]
-        we_are_later = min([self._opened_at, *allies]) >= min(known.opened_at for known in theirs.values())
+        allies = [_opened_at(known) for known in self._others.values()]
+        we_are_later = min([self._opened_at, *allies]) >= min(map(_opened_at, theirs))
         return spokesman if we_are_later else None
 
     def _keep(self, name: str, find: Callable[[], T], *counts: int) -> T:
@@ -263,20 +270,37 @@ class Membership:
 
     def current_k(self) -> int:
         """The largest k that two live sessions hold; that of the only one; 0 when nobody is there."""
-        held = heapq.nlargest(2, (known.lease.k for known in self.others().values()))
+        return self._keep("k", self._find_current_k, self._crowd, self._told)
+
+    def _find_current_k(self) -> int:
+        held = heapq.nlargest(2, self._each_k())
         return held[-1] if held else 0
+
+    def _each_k(self) -> list[int]:
+        """Where everybody is."""
+        marks = self._marks
+        return [self._counts(one)[0] if peer in marks else one.record.k for peer, one in self._others.items()]
 
     def has_history(self, before: int) -> bool:
         """Whether somebody else took part in an averaging before this one."""
-        return 0 <= self._heard_over < before or any(
-            0 <= known.lease.last_k < before for known in self.others().values()
-        )
+
+        def find() -> bool:
+            marks = self._marks
+            every = (self._counts(one)[1] if peer in marks else one.record.last_k for peer, one in self._others.items())
+            return any(0 <= last_k < before for last_k in every)
+
+        heard_over = 0 <= self._heard_over < before
+        return heard_over or (before > 0 and self._keep("history", find, self._crowd, self._told, before))
 
     def heard_over(self, k: int) -> None:
         """A leader told us that averaging k is over: whatever older leases say, this swarm already counts."""
         self._heard_over = max(self._heard_over, k)
 
     # ---- plans
+
+    def _version(self) -> int:
+        """Of the newest plan that we know; 0: none."""
+        return self._plans[-1].plan.version if self._plans else 0
 
     def newest_plan(self) -> PlanNotice | None:
         return self._plans[-1] if self._plans else None
@@ -319,22 +343,20 @@ class Membership:
 
     def unknown_plan_holder(self, now: float) -> PeerId | None:
         """Somebody who announces a plan newer than ours, and may yet tell us."""
-        version = self._plans[-1].plan.version if self._plans else 0
-
-        def announce_newer() -> list[PeerId]:
-            newer = {p: known.lease.plan_version for p, known in self.others().items()}
-            return sorted((p for p in newer if newer[p] > version), key=lambda p: (-newer[p], p))
-
-        holders = self._keep("holders", announce_newer, self._crowd, self._spoken, version)
-        return next((p for p in holders if now < self._others[p].newer_plan_since + PLAN_PATIENCE_S), None)
+        version, newer = self._version(), list[tuple[int, PeerId]]()
+        for peer, since in self._ahead.items():
+            known = self._others.get(peer)
+            if known and known.record.plan_version > version and now < since + PLAN_PATIENCE_S:
+                newer.append((-known.record.plan_version, peer))
+        return min(newer)[1] if newer else None
 
     def strange_plan_holder(self) -> PeerId | None:
         """Somebody who goes by a plan that we never heard of: of two plans of one version one must go."""
-        return self._keep("strange", self._find_strange_plan_holder, self._crowd, self._spoken, len(self._plans_met))
+        return self._keep("strange", self._find_strange_plan_holder, self._crowd, self._told, len(self._plans_met))
 
     def _find_strange_plan_holder(self) -> PeerId | None:
-        going = {peer: known.lease.plan for peer, known in self.others().items() if known.lease.plan}
-        return min((peer for peer, plan in going.items() if plan not in self._plans_met), default=None)
+        strange = {known.record.plan for known in self._others.values()} - self._plans_met - {b""}
+        return min(p for p, known in self._others.items() if known.record.plan in strange) if strange else None
 
     def is_outranked(self, plan: Plan) -> bool:
         """Whether we go by another plan instead of this one."""
@@ -343,8 +365,8 @@ class Membership:
         )
 
     def next_decider(self) -> PeerId:
-        version = self._plans[-1].plan.version if self._plans else 0
-        return self._keep("decider", lambda: decider(version + 1, [self._me, *self.others()]), self._crowd, version)
+        version = self._version()
+        return self._keep("decider", lambda: decider(version + 1, [self._me, *self._others]), self._crowd, version)
 
     def make_plan_if_due(self, k: int, now: float) -> PlanNotice | None:
         """A new plan when one is needed and it is ours to make. `k`: the averaging we are in or take part in next."""
@@ -353,7 +375,7 @@ class Membership:
             return None
         if newest and newest.plan.version >= PLAN_VERSION_MAX:
             return None
-        others = self.others()
+        others = self._others
         roster = tuple(sorted([self._me, *others]))
         pin = self._pin_in_force()
         if newest is None:
@@ -370,7 +392,7 @@ class Membership:
             return None
         # The fastest, not one that is where nobody can be: the plan would never begin, and no other be made.
         reached = max(k, self.current_k()) + BEHIND_MAX
-        current = max([k, *(known.lease.k for known in others.values() if known.lease.k <= reached)])
+        current = max([k, *(theirs for theirs in self._each_k() if theirs <= reached)])
         plan = Plan(
             version=newest.plan.version + 1 if newest else 1,
             sides=sides,
@@ -415,10 +437,10 @@ class Membership:
         return None
 
     def _pin_in_force(self) -> str:
-        return self._keep("pin", self._find_pin_in_force, self._crowd, self._spoken)
+        return self._keep("pin", self._find_pin_in_force, self._crowd, self._told)
 
     def _find_pin_in_force(self) -> str:
-        pins = Counter(known.lease.pin for known in self.others().values() if known.lease.pin)
+        pins = Counter(known.record.pin for known in self._others.values() if known.record.pin)
         if self._pin:
             pins[self._pin] += 1
         valid = [pin for pin in pins if _is_grid(pin)]
@@ -449,9 +471,9 @@ class Membership:
         """Another joiner claimed our cell before us, and there is an emptier one."""
         mine, since = self._claims[plan.digest]
         rivals = [
-            (known.lease.claim_k, digest("claim", plan.digest, peer))
-            for peer, known in self.others().items()
-            if known.lease.claim == mine and known.lease.plan == plan.digest[:8] and peer not in plan.cells
+            (known.record.claim_k, digest("claim", plan.digest, peer))
+            for peer, known in self._others.items()
+            if known.record.claim == mine and known.record.plan == plan.digest[:8] and peer not in plan.cells
         ]
         if not rivals or min(rivals) > (since, digest("claim", plan.digest, self._me)):
             return False
@@ -462,13 +484,13 @@ class Membership:
         """Where another session stands under the plan; None while it has no cell."""
         if peer in plan.cells:
             return plan.cells[peer]
-        known = self._known.get(peer)
-        if known and known.lease.plan == plan.digest[:8] and _fits(known.lease.claim, plan.sides):
-            return known.lease.claim
+        known = self._known(peer)
+        if known and known.record.plan == plan.digest[:8] and _fits(known.record.claim, plan.sides):
+            return known.record.claim
         return None
 
     def _cells_held(self, plan: Plan, *, without_us: bool = False) -> dict[PeerId, Cell]:
-        held = {peer: cell for peer in self.others() if (cell := self.cell_of(peer, plan)) is not None}
+        held = {peer: cell for peer in self._others if (cell := self.cell_of(peer, plan)) is not None}
         if not without_us and self._me in plan.cells:
             held[self._me] = plan.cells[self._me]
         elif not without_us and plan.digest in self._claims:
@@ -482,14 +504,14 @@ class Membership:
         return [
             cell
             for peer, cell in plan.cells.items()
-            if peer != self._me and peer not in self._known and peer not in self._gone
+            if peer != self._me and not self._known(peer) and peer not in self._gone
         ]
 
     # ---- lines
 
     def line(self, plan: Plan, axis: int, cell: Cell) -> dict[PeerId, Known]:
         """The other live sessions on this cell's line."""
-        wanted, others = line_of(cell, axis), self.others()
+        wanted, others = line_of(cell, axis), self._others
         line = {peer: others[peer] for peer in plan.lines.get((axis, wanted), ()) if peer in others}
         for peer in self._keep("joiners", lambda: [p for p in others if p not in plan.cells], self._crowd, id(plan)):
             if (theirs := self.cell_of(peer, plan)) is not None and line_of(theirs, axis) == wanted:
@@ -497,7 +519,7 @@ class Membership:
         return line
 
     def candidates(self, line: dict[PeerId, Known]) -> list[Candidate]:
-        return [Candidate(peer, known.lease.address) for peer, known in line.items() if known.lease.dialable]
+        return [Candidate(peer, known.record.address) for peer, known in line.items() if known.record.dialable]
 
     def expected(self, plan: Plan, line: dict[PeerId, Known], k: int) -> tuple[PeerId, ...]:
         """Who of the line is waited for: whoever takes part regularly, and at the very first everybody.
@@ -505,24 +527,22 @@ class Membership:
         Leases lag: one whose first averaging just ended may still look like a newcomer. So those for whom the plan was
         made are expected until they were missed; of joiners only those that took part before.
         """
-        first = not self.has_history(k)
-        return tuple(
-            sorted(
-                peer
-                for peer, known in line.items()
-                if known.misses < MISSES_MAX
-                and (first or (peer in plan.cells if known.lease.last_k < 0 else _keeps_up(known.lease, k)))
-            )
-        )
+
+        def takes_part(known: Known) -> bool:
+            theirs, last = self._counts(known)
+            # It took part in one of the last two averagings and is not past this one, as far as we know.
+            keeps_up = last + 2 >= theirs and k - BEHIND_MAX <= theirs <= k
+            return known.peer in plan.cells if last < 0 else keeps_up
+
+        marks = self._marks
+        every = [known for peer, known in line.items() if peer not in marks or marks[peer].misses < MISSES_MAX]
+        regular = [known for known in every if takes_part(known)]
+        first = len(regular) < len(every) and not self.has_history(k)
+        return tuple(sorted(known.peer for known in (every if first else regular)))
 
 
-def _keeps_up(lease: Lease, k: int) -> bool:
-    """It took part in one of the last two averagings and is not past this one, as far as its lease tells."""
-    return lease.last_k + 2 >= lease.k and k - BEHIND_MAX <= lease.k <= k
-
-
-def _says_of_plans(lease: Lease) -> tuple[int, bytes, str]:
-    return lease.plan_version, lease.plan, lease.pin
+def _opened_at(known: Known) -> float:
+    return known.seen_at - known.record.open_s
 
 
 def _fits(cell: Cell, sides: tuple[int, ...]) -> bool:

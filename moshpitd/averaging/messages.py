@@ -7,7 +7,7 @@ Durations are in seconds from the moment of sending; no message carries a moment
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NewType
+from typing import Generic, NewType, TypeVar
 
 from moshpitd.averaging.grid import Cell, Plan, Terms
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank
@@ -60,19 +60,20 @@ class Presence:
 
 
 Record = Lease | Presence
+R_co = TypeVar("R_co", bound=Record, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Sighting:
-    """One verified record of a roster, as a directory door hands it up."""
+class Sighting(Generic[R_co]):
+    """One verified record of a roster, as a directory door hands it up. Moments are those of our own clock."""
 
     peer: PeerId
     incarnation: Incarnation
     sequence: int
     """Of two records of one peer the higher one counts."""
-    ttl_s: float
-    """What is left of it."""
-    record: Record
+    seen_at: float
+    expires_at: float
+    record: R_co
 
 
 # ---- groups

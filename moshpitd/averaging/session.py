@@ -69,6 +69,7 @@ from moshpitd.averaging.messages import (
     PlanWanted,
     Presence,
     Ready,
+    Record,
     Redirect,
     ReductionMessage,
     Sighting,
@@ -298,6 +299,7 @@ class Session:
         self._early: dict[PeerId, deque[ReductionMessage]] = {}
         """Of groups we have not heard of yet."""
         self._offsets: deque[float] = deque(maxlen=128)
+        self._grace_s: float | None = None
         self._deferred: dict[PeerId, Join] = {}
         """Under plans we do not know yet, the newest of each sender."""
         self._terms_asked_at = -math.inf
@@ -405,11 +407,10 @@ class Session:
         self._peer_out(peer, why, now)
         self._step(now)
 
-    def roster_received(self, key: Key, sightings: list[Sighting], now: float) -> None:
+    def roster_received(self, key: Key, sightings: list[Sighting[Record]], now: float) -> None:
         """What the directory knows under one of our keys."""
         if key == self.key:
-            for sighting in sightings:
-                self._members.sighted(sighting, now)
+            self._members.sighted(sightings, now)
             self._members.expire(now)
             if self._current:
                 self._current.roster_seen = True
@@ -507,8 +508,8 @@ class Session:
     def known_peers(self) -> list[tuple[PeerId, str, bool]]:
         """(peer, address, is suspect) of every session under our name."""
         return [
-            (peer, known.lease.address if known.lease.dialable else "", self._members.is_suspect(peer))
-            for peer, known in sorted(self._members.everyone().items())
+            (peer, self._members.address_of(peer), self._members.is_suspect(peer))
+            for peer in sorted(self._members.everyone())
         ]
 
     # ---- one step: after every input, whatever became possible
@@ -536,9 +537,10 @@ class Session:
             ours = self._current is not None and self._current.matchmaking is matchmaking
             if not ours and matchmaking.next_deadline() is None:  # else it leads those who are far behind us
                 del self._matchmakings[key]
-        over = [group_id for group_id, r in self._reductions.items() if r.finished and r.idle]
-        for group_id in over[:-4]:
-            del self._reductions[group_id]
+        if len(self._reductions) > 4:
+            over = [group_id for group_id, r in self._reductions.items() if r.finished and r.idle]
+            for group_id in over[:-4]:
+                del self._reductions[group_id]
 
     # ---- counting
 
@@ -549,7 +551,7 @@ class Session:
             # step at most beyond what two leases hold, so that nobody can send us far ahead.
             return max(self._next_k, swarm_k, self._waited_in(), min(self._met_at_k, swarm_k + 1))
         newest = max(swarm_k, self._next_k)
-        counting = self._members.has_history(newest + 1) or self._last_k >= 0
+        counting = self._last_k >= 0 or self._members.has_history(newest + 1)
         if counting and call.epoch > newest + self._config.epochs_ahead_max:
             raise Precondition(f"epoch {call.epoch} is far above the swarm's {newest}: check the number you pass")
         if call.epoch <= self._last_k:
@@ -661,7 +663,7 @@ class Session:
         against = self._members.majority_against_us()
         if against and self._current and self.state is State.GATHERING and now >= self._terms_asked_at + 1.0:
             self._terms_asked_at = now
-            self._tell(against, self._members.everyone()[against].lease.address, TermsWanted())
+            self._tell(against, self._members.address_of(against), TermsWanted())
         for holder in (self._members.unknown_plan_holder(now), self._members.strange_plan_holder()):
             if holder is not None:
                 self._tell(holder, self._members.address_of(holder), PlanWanted())
@@ -803,7 +805,7 @@ class Session:
         self._matchmakings[key] = matchmaking
         return matchmaking
 
-    def _refresh(self, matchmaking: Matchmaking, now: float, presences: list[Sighting] | None = None) -> None:
+    def _refresh(self, matchmaking: Matchmaking, now: float, presences: list[Sighting[Record]] | None = None) -> None:
         """Tell it who could lead and who is waited for, by what we know now."""
         round_ = matchmaking.round
         plan = self._members.plan_with(round_.plan)
@@ -825,7 +827,7 @@ class Session:
         # About to seek counts: a group must not be closed without us in the moment before.
         here = round_.j if self.state is State.MATCHING else round_.j - 1
         coming = current is not None and current.k == round_.k and current.j <= here
-        matchmaking.update(candidates, expected, self._grace_s(), now, coming=coming)
+        matchmaking.update(candidates, expected, self._grace_s, now, coming=coming)
 
     def _is_past(self, k: int, j: int) -> bool:
         """Whether our trainer will not come to this round any more."""
@@ -860,10 +862,11 @@ class Session:
         regular = self._last_k >= 0 or not self._members.has_history(round_.k)
         return regular and round_.k <= max(self._last_k, 0) + 2
 
-    def _grace_s(self) -> float | None:
-        if len(self._offsets) < 4:
-            return None
-        return grace_from(list(self._offsets), factor=self._config.grace_factor, floor_s=self._config.grace_floor_s)
+    def _learn_grace(self, offsets_s: Sequence[float]) -> None:
+        self._offsets.extend(offsets_s)
+        if len(self._offsets) >= 4:
+            factor, floor_s = self._config.grace_factor, self._config.grace_floor_s
+            self._grace_s = grace_from(list(self._offsets), factor=factor, floor_s=floor_s)
 
     def _receive_join(self, join: Join, sender: PeerId, now: float) -> None:
         if self._members.lags_behind(join.applicant.peer, join.k) and now >= self._looked_again_at + 1.0:
@@ -1003,7 +1006,7 @@ class Session:
         assert group is not None
         rank = group.rank_of(self._here.peer)
         assert rank is not None
-        self._offsets.extend(group.arrival_offsets_s)
+        self._learn_grace(group.arrival_offsets_s)
         self._met_at_k = max(self._met_at_k, group.now_k)
         for absent in group.absent:
             self._members.missed(absent.peer)

@@ -22,25 +22,21 @@ RENEWALS = 3
 
 
 @dataclass(eq=False, slots=True)
-class Entry:
-    """A record as it was announced at one moment."""
-
-    owner: PeerId
-    incarnation: Incarnation
-    sequence: int
-    record: Record
-    ttl_s: float
-    announced_at: float
-
-
-@dataclass(eq=False, slots=True)
 class Shelf:
     """What is known under one key."""
 
-    visible: list[Entry] = field(default_factory=list)
-    """In the order in which they became visible."""
-    newest: dict[PeerId, Entry] = field(default_factory=dict)
-    """What each owner announced last, visible or not."""
+    visible: list[Sighting[Record]] = field(default_factory=list)
+    """In the order in which they became visible. One record is the same sighting for all who see it."""
+    newest: dict[PeerId, Sighting[Record]] = field(default_factory=dict)
+    """What each owner announced last, visible or not; nothing of who withdrew."""
+    counting: dict[PeerId, Sighting[Record]] = field(default_factory=dict)
+    """Of what is visible, the newest of each owner; nothing of who withdrew."""
+
+    def show(self, sighting: Sighting[Record]) -> None:
+        self.visible.append(sighting)
+        before = self.counting.get(sighting.peer)
+        if sighting.peer in self.newest and (before is None or before.sequence < sighting.sequence):
+            self.counting[sighting.peer] = sighting
 
 
 @dataclass(eq=False, slots=True)
@@ -48,7 +44,7 @@ class Bookmark:
     """How far one reader has read a shelf."""
 
     position: int = 0
-    hidden: list[Entry] = field(default_factory=list)
+    hidden: list[Sighting[Record]] = field(default_factory=list)
     """Passed over, because their owner could not reach this reader."""
 
 
@@ -68,52 +64,45 @@ class Directory:
     def store(self, owner: PeerId, incarnation: Incarnation, effect: Announce, is_alive: Callable[[], bool]) -> None:
         """Keep the record; a lease is renewed until its owner dies, withdraws or announces anew."""
         self._sequence += 1
-        entry = Entry(owner, incarnation, self._sequence, effect.record, effect.ttl_s, self._clock.now)
+        now = self._clock.now
+        sighting = Sighting(owner, incarnation, self._sequence, now, now + effect.ttl_s, effect.record)
         shelf = self._shelves[effect.key]
-        shelf.newest[owner] = entry
+        shelf.newest[owner] = sighting
         weather = self._network.weather
         if self._rng.random() >= weather.lost_writes:
-            self._clock.at(self._clock.now + self._rng.uniform(0, weather.stale_s), lambda: shelf.visible.append(entry))
+            self._clock.at(now + self._rng.uniform(0, weather.stale_s), lambda: shelf.show(sighting))
         if effect.slot != "lease":
             return
 
         def renew() -> None:
-            if is_alive() and shelf.newest.get(owner) is entry:
+            if is_alive() and shelf.newest.get(owner) is sighting:
                 self.store(owner, incarnation, effect, is_alive)
 
-        self._clock.at(self._clock.now + effect.ttl_s / RENEWALS, renew)
+        self._clock.at(now + effect.ttl_s / RENEWALS, renew)
 
     def withdraw(self, owner: PeerId, key: Key) -> None:
-        self._shelves[key].newest.pop(owner, None)
+        shelf = self._shelves[key]
+        shelf.newest.pop(owner, None)
+        shelf.counting.pop(owner, None)
 
-    def read(self, key: Key, reader: PeerId, incarnation: Incarnation) -> list[Sighting]:
+    def read(self, key: Key, reader: PeerId, incarnation: Incarnation) -> list[Sighting[Record]]:
         """What this reader has not seen yet."""
         shelf, bookmark = self._shelves[key], self._bookmarks[key, reader, incarnation]
-        fresh = [*bookmark.hidden, *shelf.visible[bookmark.position :]]
+        fresh, counting = shelf.visible[bookmark.position :], shelf.counting
         bookmark.position = len(shelf.visible)
         if bookmark.hidden or self.unseen or self._network.is_parted:
-            bookmark.hidden = [entry for entry in fresh if self._is_hidden(entry, reader)]
-            fresh = [entry for entry in fresh if not self._is_hidden(entry, reader)]
-        return self._sightings(shelf, fresh)
+            both = [*bookmark.hidden, *fresh]
+            bookmark.hidden = [sighting for sighting in both if self._is_hidden(sighting, reader)]
+            fresh = [sighting for sighting in both if not self._is_hidden(sighting, reader)]
+            in_order = sorted(fresh, key=lambda sighting: sighting.sequence)
+            counting = {sighting.peer: sighting for sighting in in_order if sighting.peer in shelf.newest}
+        now, found = self._clock.now, {sighting.peer: counting.get(sighting.peer) for sighting in fresh}
+        return [sighting for sighting in found.values() if sighting and sighting.expires_at > now]
 
-    def everything(self, key: Key) -> list[Sighting]:
+    def everything(self, key: Key) -> list[Sighting[Record]]:
         """What somebody who never looked would find."""
-        shelf = self._shelves[key]
-        return self._sightings(shelf, shelf.visible)
+        return [one for one in self._shelves[key].counting.values() if one.expires_at > self._clock.now]
 
-    def _sightings(self, shelf: Shelf, entries: list[Entry]) -> list[Sighting]:
-        """One of each owner, the newest; none of who withdrew."""
-        now, newest = self._clock.now, dict[PeerId, Entry]()
-        for entry in entries:
-            known = newest.get(entry.owner)
-            if known is None or known.sequence < entry.sequence:
-                newest[entry.owner] = entry
-        return [
-            Sighting(e.owner, e.incarnation, e.sequence, left, e.record)
-            for e in newest.values()
-            if (left := e.announced_at + e.ttl_s - now) > 0 and e.owner in shelf.newest
-        ]
-
-    def _is_hidden(self, entry: Entry, reader: PeerId) -> bool:
-        since = self._network.blocked_since(entry.owner, reader)
-        return (reader, entry.owner) in self.unseen or (since is not None and entry.announced_at >= since)
+    def _is_hidden(self, sighting: Sighting[Record], reader: PeerId) -> bool:
+        since = self._network.blocked_since(sighting.peer, reader)
+        return (reader, sighting.peer) in self.unseen or (since is not None and sighting.seen_at >= since)

@@ -48,6 +48,7 @@ from moshpitd.averaging.messages import (
     Message,
     PlanNotice,
     Ready,
+    Record,
     Redirect,
     Sighting,
     Suspect,
@@ -247,7 +248,21 @@ class Swarm:
         before = {peer: len(peer.endings) for peer in calls}
         for peer, (vector, call) in calls.items():
             self.at(self.now + self.rng.uniform(0, apart_s), partial(self.start_if_alive, peer, vector, call))
-        self.run_until(lambda: all(len(p.endings) > n or not p.alive for p, n in before.items()), limit_s)
+        return self.run_until_ended(before, limit_s)
+
+    def run_until_ended(self, before: Mapping[Peer, int], limit_s: float) -> dict[Peer, Ending]:
+        """Until each of these peers had one ending more than before, or died; those endings."""
+        waited_for = list(before.items())
+
+        def done() -> bool:
+            while waited_for:
+                peer, count = waited_for[-1]
+                if len(peer.endings) == count and peer.alive:
+                    return False
+                waited_for.pop()
+            return True
+
+        self.run_until(done, limit_s)
         return {peer: peer.endings[n] for peer, n in before.items() if len(peer.endings) > n}
 
     def train(self, peer: Peer, draw: Callable[[], tuple[Vector, Call]], *, pause: Span) -> None:
@@ -634,7 +649,7 @@ class Swarm:
             sightings = self.directory.read(key, peer.id, peer.incarnation)
             self._feed(peer, lambda: peer.machine.roster_received(key, sightings, self.now))
 
-    def roster(self, key: Key) -> list[Sighting]:
+    def roster(self, key: Key) -> list[Sighting[Record]]:
         """What the directory answers under a key to one that never looked."""
         return self.directory.everything(key)
 

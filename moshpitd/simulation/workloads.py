@@ -7,10 +7,12 @@ Both run the production machines and all checkers. Same options and seed, same r
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -232,6 +234,19 @@ def variance(held: Sequence[Values]) -> float:
     return float(np.mean(np.var(np.stack(held).astype(np.float64), axis=0))) if held else 0.0
 
 
+@contextmanager
+def _without_cycle_search() -> Iterator[None]:
+    """A large swarm is many objects and hardly a cycle: to look for some again and again takes a third of the time."""
+    searched = gc.isenabled()
+    gc.collect()  # a swarm that is over is one large cycle
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searched:
+            gc.enable()
+
+
 class InStep:
     """See InStepOptions. `progress` is called after each averaging with the report so far."""
 
@@ -248,6 +263,7 @@ class InStep:
         if options.vector_bytes:
             self.swarm.network.bytes_scale = options.vector_bytes / (4 * options.elements)
 
+    @_without_cycle_search()
     def run(self, progress: Callable[[Report], None] = lambda report: None) -> Report:
         options, report, swarm = self.options, self._run.report, self.swarm
         weather = swarm.weather
@@ -351,8 +367,7 @@ class InStep:
             moment = swarm.now + rng.uniform(0, options.slow_s if slow else options.apart_s)
             swarm.at(moment, partial(swarm.start_if_alive, peer, packed(self._held[peer]), call))
         limit = 2 * options.timeout_s + options.pause_s + options.slow_s
-        swarm.run_until(lambda: all(len(p.endings) > n or not p.alive for p, n in before.items()), limit)
-        return {peer: peer.endings[n] for peer, n in before.items() if peer.alive and len(peer.endings) > n}
+        return {peer: ending for peer, ending in swarm.run_until_ended(before, limit).items() if peer.alive}
 
     def _change_the_crowd(self, k: int) -> bool:
         """Joiners, leavers, partitions that begin now; True when there are none."""
@@ -444,6 +459,7 @@ class Mixed:
         self.swarm = self._run.swarm
         self._opened = 0
 
+    @_without_cycle_search()
     def run(self) -> Report:
         swarm, options, report = self.swarm, self.options, self._run.report
         for _ in range(self._peers):

@@ -94,7 +94,7 @@ class Swarm:
             open_s=open_s,
         )
         sequence = next(self.sequences) if sequence is None else sequence
-        self.members.sighted(Sighting(peer(number), Incarnation(1), sequence, ttl_s, lease), now)
+        self.members.sighted([Sighting(peer(number), Incarnation(1), sequence, now, now + ttl_s, lease)], now)
         return sequence
 
     def see_all(self, count: int, **lease: int) -> None:
@@ -148,16 +148,15 @@ def test_of_two_leases_of_one_peer_the_higher_sequence_counts_in_any_order() -> 
         swarm = Swarm()
         for sequence in order:
             swarm.see(1, k=sequence * 10, sequence=sequence)
-        assert swarm.members.others()[peer(1)].lease.k == 20
+        assert swarm.members.others()[peer(1)].record.k == 20
 
 
 def test_we_are_not_among_the_others_and_a_presence_is_no_lease() -> None:
     swarm = Swarm()
     swarm.see(0)
-    swarm.members.sighted(
-        Sighting(peer(1), Incarnation(1), 1, 60, Presence(Address("host:1"), dialable=True, coordinate=0)), 100
-    )
-    assert swarm.members.everyone() == {}
+    presence = Presence(Address("host:1"), dialable=True, coordinate=0)
+    swarm.members.sighted([Sighting(peer(1), Incarnation(1), 1, 100, 160, presence)], 100)
+    assert swarm.members.everyone() == []
 
 
 def test_a_flood_of_leases_is_bounded_and_does_not_push_out_the_known() -> None:
@@ -166,7 +165,7 @@ def test_a_flood_of_leases_is_bounded_and_does_not_push_out_the_known() -> None:
         swarm.see(number)
     assert len(swarm.members.everyone()) == LEASES_MAX
     swarm.see(1, k=7)
-    assert swarm.members.others()[peer(1)].lease.k == 7
+    assert swarm.members.others()[peer(1)].record.k == 7
 
 
 def test_a_suspect_is_out_until_something_newer_of_it_is_seen() -> None:
@@ -254,8 +253,7 @@ def test_whom_we_met_took_part_although_its_lease_does_not_say_so_yet() -> None:
     swarm = Swarm()
     swarm.see(1, k=4)
     swarm.members.took_part(peer(1), 6)
-    lease = swarm.members.others()[peer(1)].lease
-    assert (lease.k, lease.last_k) == (6, 6)
+    assert swarm.members.current_k() == 6 and swarm.members.has_history(7) and not swarm.members.has_history(6)
 
 
 # ---- terms

@@ -210,7 +210,7 @@ class Theatre(Swarm):
             self.refused += 1
             return
         self._sequence += 1
-        sighting = Sighting(sender, Incarnation(7), self._sequence, 20.0, record)
+        sighting = Sighting(sender, Incarnation(7), self._sequence, self.now, self.now + 20.0, record)
         self._feed(victim, lambda: victim.machine.roster_received(victim.machine.key, [sighting], self.now))
         self.taken += 1
 

@@ -40,8 +40,17 @@ def test_a_record_is_brought_once_with_what_is_left_of_its_ttl() -> None:
     town.announce(slot="presence")
     town.clock.run_for(10.0)
     (sighting,) = town.directory.read(KEY, READER, FIRST)
-    assert (sighting.peer, sighting.incarnation, sighting.ttl_s) == (OWNER, FIRST, TTL_S - 10.0)
+    assert (sighting.peer, sighting.incarnation, sighting.expires_at - town.clock.now) == (OWNER, FIRST, TTL_S - 10.0)
     assert town.directory.read(KEY, READER, FIRST) == []
+
+
+def test_all_readers_are_brought_the_very_same_sighting() -> None:
+    """4,096 peers that know each other are 16.8 million pairs: a copy each would not fit."""
+    town = Town()
+    town.announce()
+    town.clock.run_for(1.0)
+    (one,), (other,) = (town.directory.read(KEY, PeerId(reader), FIRST) for reader in ("one", "other"))
+    assert one is other
 
 
 def test_a_restarted_reader_has_seen_nothing() -> None:
