@@ -7,6 +7,7 @@ key of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -160,20 +161,25 @@ class Theatre(Swarm):
         self.kill(self.villain)
         self.run_for(100.0)
         self.given = {peer: self._dice.normal(size=ELEMENTS).astype(np.float32) for peer in self.honest}
-        before = {peer: len(peer.endings) for peer in self.honest}
+        judged = {peer: len(peer.endings) for peer in self.honest}
+        exact: Counter[int] = Counter()
         for peer in self.honest:
             vector = Vector.of({"w": self.given[peer]})
             self.train(peer, partial(_call_with, vector), pause=(0.005, 0.05))
+
+        def all_exact() -> bool:
+            """Whether there was one averaging that was exact for everybody."""
+            for peer, count in judged.items():
+                new = peer.endings[count:]
+                judged[peer] += len(new)
+                exact.update(ending.told.epoch for ending in new if self._is_exact(ending))
+            return len(self.honest) in exact.values()
+
         try:
-            self.run_until(lambda: self._all_exact(before), 120.0)
+            self.run_until(all_exact, 120.0)
         except Stuck as stuck:
             last = [f"{p.name}: {p.endings[-1].receipt or p.endings[-1].error}" for p in self.honest]
             raise AssertionError("\n".join(last)) from stuck
-
-    def _all_exact(self, before: dict[Peer, int]) -> bool:
-        """Whether there is one averaging that was exact for everybody."""
-        exact = [{e.told.epoch for e in peer.endings[count:] if self._is_exact(e)} for peer, count in before.items()]
-        return bool(set.intersection(*exact))
 
     def _is_exact(self, ending: Ending) -> bool:
         if ending.receipt is None or ending.receipt.outcome is not Outcome.COMPLETE:
