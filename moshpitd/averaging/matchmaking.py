@@ -21,7 +21,9 @@ differ; nobody is ever in both, and receipts tell.
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import assert_never
@@ -36,6 +38,7 @@ from moshpitd.averaging.messages import (
     Begun,
     Bound,
     Closed,
+    Coming,
     Group,
     Hail,
     Join,
@@ -82,6 +85,8 @@ class MatchmakingConfig:
     reserve_s: float = 0.5
     """A group is closed so long before its first caller's time is up, and the time for the data before that: less would
     begin groups that cannot end in time."""
+    coming_patience_s: float = 3.0
+    """One that said that it comes from an earlier round is believed for so long; it is asked again meanwhile."""
     late_window_s: float = 0.25
     """Late arrivals are kept so long for a second group before they are told that the round is closed."""
     begin_tries: int = 3
@@ -155,6 +160,8 @@ class Matchmaking:
         """Where those who are past this round can be met, once they told us."""
         self.they_wait = False
         """... and they wait there now."""
+        self.late_by_s = math.inf
+        """How much too late we came, when a group was closed without us."""
         self.missed: tuple[PeerId, ...] = ()
         """Who was expected when we found nobody."""
         self.declined: list[tuple[PeerId, str]] = []
@@ -164,6 +171,9 @@ class Matchmaking:
         self._effects: list[Effect] = []
         self._candidates: list[Candidate] = []
         self._expected: tuple[PeerId, ...] = ()
+        self._line: Collection[PeerId] = ()
+        self._promised: set[PeerId] = set()
+        """Those who said, unasked, that they are coming."""
         self._grace_s: float | None = None
         self._coming = False
         self._given_up: dict[PeerId, str] = {}
@@ -179,6 +189,8 @@ class Matchmaking:
         self._late_until = 0.0
         self._hail_at: float | None = None
         self._hailed: set[PeerId] = set()
+        self._coming_until: dict[PeerId, float] = {}
+        """Called, and still in an earlier round: waited for, slow as it may be."""
         self._excused: set[PeerId] = set()
         """Called, but past this round, as they told us."""
         self._gone_on_k = 0
@@ -215,10 +227,13 @@ class Matchmaking:
         now: float,
         *,
         coming: bool = False,
+        others: Collection[PeerId] = (),
     ) -> None:
         """Who could lead (in any order, ourselves only if dialable), who is waited for, how long after the first.
-        `coming`: our own trainer is in an earlier round of this averaging."""
+        `coming`: our own trainer is in an earlier round of this averaging. `others`: of our line, though they can
+        neither be dialled nor are expected."""
         self._order_candidates(candidates)
+        self._line = others
         self._expected = expected
         self._coming = coming
         self._grace_s = grace_s
@@ -233,7 +248,7 @@ class Matchmaking:
         self._wait_until = now + wait_s
         if self._closed:
             assert self._closed_at is not None
-            self.now_k = self.round.k + 1
+            self.now_k, self.late_by_s = self.round.k + 1, now - self._closed_at
             self._become_ended(f"averaging {self.round.k} closed {now - self._closed_at:.1f} s ago without us", now)
             return
         self.state = State.APPLYING
@@ -266,6 +281,11 @@ class Matchmaking:
                 self._receive_join(message, sender, now)
             case Hail():
                 self._receive_hail(sender, now)
+            case Coming():
+                if sender in self._hailed:
+                    self._coming_until[sender] = now + self._config.coming_patience_s
+                elif sender in self._line:
+                    self._promised.add(sender)
             case Leave():
                 self._part_with(sender)
                 if message.attempt == HAILED and sender in self._hailed:
@@ -287,9 +307,11 @@ class Matchmaking:
             case Closed():
                 if message.attempt == self._attempt and self._is_seeking_with(sender):
                     self.now_k, self.they_wait = message.now_k, message.waiting
+                    self.late_by_s = message.closed_s_ago
                     self._become_ended(f"averaging {message.k} closed {message.closed_s_ago:.1f} s ago", now)
                 elif message.attempt == HAILED and sender in self._hailed and self._leads_nobody():
                     self.now_k, self.they_wait = message.now_k, message.waiting
+                    self.late_by_s = message.closed_s_ago
                     self._become_ended(f"averaging {message.k} closed {message.closed_s_ago:.1f} s ago without us", now)
             case Begin(group=group):
                 self._receive_begin(group, sender, now)
@@ -580,16 +602,19 @@ class Matchmaking:
         """When the group closes at the latest, as things stand."""
         assert self._first_arrival is not None
         latest = min(self._close_by(application) for application in self._applications.values())
-        if not self._missing():
+        missing = self._missing()
+        if not missing:
             return min(latest, self._first_arrival + self._config.lone_wait_s)
         own_trainer = self.round.me in self._expected or self.round.me in self._applications
         if len(self._applications) < 2 and own_trainer and not self._turned_away:
             return latest  # no group yet: its caller said how long it waits, and Hail finds out the dead
         if self._coming and self.state is State.KEEPING:
             return latest  # we shall be there as soon as the round before is over
-        if self._grace_s is None:  # nobody knows yet how far apart trainers arrive
-            return self._first_arrival + max(0.0, latest - self._first_arrival) / 2
-        return min(latest, self._first_arrival + self._grace_s)
+        grace_s = self._grace_s
+        if grace_s is None:  # nobody knows yet how far apart trainers arrive
+            grace_s = max(0.0, latest - self._first_arrival) / 2
+        on_their_way = max((self._coming_until.get(peer, 0.0) for peer in missing), default=0.0)
+        return min(latest, max(self._first_arrival + grace_s, on_their_way))
 
     def _close_if_due(self, now: float) -> None:
         if self._closed or self.group or not self._applications or not self._leads():
@@ -621,10 +646,9 @@ class Matchmaking:
             return
         self._hail_at = now + self._config.rejoin_s
         missing = set(self._missing() or self._others()) - {self.round.me}
-        for candidate in self._candidates:
-            if candidate.peer in missing:
-                self._hailed.add(candidate.peer)
-                self._say(candidate, Hail(self.round.key, self.round.k, self.round.j))
+        for peer in sorted(missing):  # one that cannot be dialled hears it where it dialled us before
+            self._hailed.add(peer)
+            self._say(self._address_of(peer), Hail(self.round.key, self.round.k, self.round.j))
 
     def _receive_hail(self, sender: PeerId, now: float) -> None:
         """It leads and misses us. One that just joined may be before all we know of."""
@@ -816,7 +840,8 @@ class Matchmaking:
         return self._is_candidate() and self.state is not State.WAITING and not self._before_us()
 
     def _missing(self) -> list[PeerId]:
-        return [peer for peer in self._expected if peer not in self._applications and peer not in self._excused]
+        expected = [*self._expected, *sorted(self._promised.difference(self._expected))]
+        return [peer for peer in expected if peer not in self._applications and peer not in self._excused]
 
     def _hear_of_later(self, k: int, waiting: bool) -> None:
         if k >= self._gone_on_k:
@@ -826,7 +851,8 @@ class Matchmaking:
     def _others(self) -> list[PeerId]:
         """Those of our line who might come, expected or not."""
         silent = {self.round.me, *self._applications, *self._given_up, *self._excused}
-        return [candidate.peer for candidate in self._candidates if candidate.peer not in silent]
+        line = dict.fromkeys([*(candidate.peer for candidate in self._candidates), *self._line])
+        return [peer for peer in line if peer not in silent]
 
     def _leads_nobody(self) -> bool:
         return self.state is State.LEADING and self._applications.keys() <= {self.round.me}

@@ -33,6 +33,8 @@ from moshpitd.averaging.names import PeerId, digest
 
 MISSES_MAX = 2
 """Who was expected and missing in this many averagings running is not expected any more."""
+PROMISES_MAX = 6
+"""... and after this many not even when it says that it is coming."""
 BEHIND_MAX = 64
 """Nor is one whose own count is so far behind. Leases lag: of trainers that average in milliseconds by dozens."""
 PLANS_KEPT = 4
@@ -199,6 +201,11 @@ class Membership:
         if self._known(peer):
             self._mark(peer).misses += 1
 
+    def keeps_promises(self, peer: PeerId) -> bool:
+        """Whether one that nobody expects is believed that it is coming."""
+        mark = self._marks.get(peer)
+        return peer in self._others and (mark is None or mark.misses < PROMISES_MAX)
+
     def lags_behind(self, peer: PeerId, k: int) -> bool:
         """Whether what we know of this peer, now seen in averaging k, is old."""
         known = self._known(peer)
@@ -343,12 +350,19 @@ class Membership:
 
     def unknown_plan_holder(self, now: float) -> PeerId | None:
         """Somebody who announces a plan newer than ours, and may yet tell us."""
-        version, newer = self._version(), list[tuple[int, PeerId]]()
+        version, newer = self._version(), list[tuple[bool, int, PeerId]]()
         for peer, since in self._ahead.items():
             known = self._others.get(peer)
             if known and known.record.plan_version > version and now < since + PLAN_PATIENCE_S:
-                newer.append((-known.record.plan_version, peer))
-        return min(newer)[1] if newer else None
+                # Who cannot be dialled may never hear our question.
+                newer.append((not known.record.dialable, -known.record.plan_version, peer))
+        return min(newer)[-1] if newer else None
+
+    def plan_teller(self, attempt: int) -> PeerId:
+        """Whom to ask for a plan while we have none, at each attempt another one; the next to decide if nobody says
+        that it has one."""
+        having = sorted(p for p, k in self._others.items() if k.record.plan_version and k.record.dialable)
+        return having[attempt % len(having)] if having else self.next_decider()
 
     def strange_plan_holder(self) -> PeerId | None:
         """Somebody who goes by a plan that we never heard of: of two plans of one version one must go."""
@@ -356,7 +370,9 @@ class Membership:
 
     def _find_strange_plan_holder(self) -> PeerId | None:
         strange = {known.record.plan for known in self._others.values()} - self._plans_met - {b""}
-        return min(p for p, known in self._others.items() if known.record.plan in strange) if strange else None
+        if not strange:
+            return None
+        return min((not known.record.dialable, p) for p, known in self._others.items() if known.record.plan in strange)[1]
 
     def is_outranked(self, plan: Plan) -> bool:
         """Whether we go by another plan instead of this one."""

@@ -245,7 +245,18 @@ class Bound:
 @dataclass(frozen=True, slots=True)
 class Hail:
     """I lead and miss you. If it cannot be delivered, your daemon is dead and nobody waits for you. Who is past the
-    round answers Leave; who is in a closed group of it, Closed; who is still to come, nothing."""
+    round answers Leave; who is in a closed group of it, Closed; who is in an earlier round of that averaging, Coming;
+    whose trainer still computes, nothing."""
+
+    key: Key
+    k: int
+    j: int
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """Wait for me. In answer to a Hail: I am in an earlier round of this averaging. Unasked: I came too late in the one
+    before, by little, so that nobody expects me."""
 
     key: Key
     k: int
@@ -342,7 +353,7 @@ class Farewell:
     """This session closes, or the daemon leaves: do not expect it any more."""
 
 
-MatchmakingMessage = Hail | Join | Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound
+MatchmakingMessage = Hail | Coming | Join | Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound
 ReductionMessage = Ready | Suspect | View | Holdings | Heartbeat
 SessionMessage = PlanWanted | PlanNotice | TermsWanted | TermsNotice | Farewell
 Message = MatchmakingMessage | ReductionMessage | SessionMessage

@@ -55,6 +55,7 @@ from moshpitd.averaging.messages import (
     Bound,
     Chunk,
     Closed,
+    Coming,
     Farewell,
     Hail,
     Heartbeat,
@@ -303,6 +304,9 @@ class Session:
         self._deferred: dict[PeerId, Join] = {}
         """Under plans we do not know yet, the newest of each sender."""
         self._terms_asked_at = -math.inf
+        self._plans_asked = 0
+        self._was_late = False
+        """We came too late, by little: nobody may expect us next time, if we do not say so."""
         self._looked_again_at = -math.inf
         self._met_at_k = 0
         """The furthest averaging in which others, past one of ours, said that they can be met."""
@@ -380,6 +384,8 @@ class Session:
                 self._receive_begin(message, sender, now)
             case Hail():
                 self._receive_hail(message, sender, now)
+            case Coming():
+                self._receive_coming(message, sender, now)
             case Leave() | Kept() | Redirect() | TooShort() | Closed() | Begun() | Bound():
                 self._pass_on(message.key, message, sender, now)
             case Ready() | Suspect() | View() | Holdings() | Heartbeat():
@@ -611,7 +617,8 @@ class Session:
         current.next_look_up = now + self._config.look_up_interval_s
         self._effects.append(LookUp(self.key))
         if self._plan_in_force() is None and self._members.live_count() >= max(2, self._members.sessions_needed()):
-            holder = self._members.unknown_plan_holder(now) or self._members.next_decider()
+            holder = self._members.plan_teller(self._plans_asked)
+            self._plans_asked += 1
             if holder != self._here.peer:
                 self._tell(holder, self._members.address_of(holder), PlanWanted())
 
@@ -827,7 +834,7 @@ class Session:
         # About to seek counts: a group must not be closed without us in the moment before.
         here = round_.j if self.state is State.MATCHING else round_.j - 1
         coming = current is not None and current.k == round_.k and current.j <= here
-        matchmaking.update(candidates, expected, self._grace_s, now, coming=coming)
+        matchmaking.update(candidates, expected, self._grace_s, now, coming=coming, others=line)
 
     def _is_past(self, k: int, j: int) -> bool:
         """Whether our trainer will not come to this round any more."""
@@ -885,26 +892,47 @@ class Session:
                 self._deferred[sender] = join
             self._tell(sender, "", PlanWanted())
             return
-        cell = self._members.cell(plan, join.k)
-        rounds = self._rounds_planned(plan)
-        axis = plan.axis(join.k, join.j, rounds)
-        key = grid_key(self._here.swarm, self.terms.digest, plan, k=join.k, j=join.j, axis=axis, cell=cell)
-        if join.j >= rounds or key != join.key:
+        if not self._is_of_our_line(plan, join.key, join.k, join.j):
             return  # it takes us for a member of another line; its patience will tell it
-        if key not in self._matchmakings:
-            if join.k <= self._last_k:
-                answer = Closed(key, join.attempt, join.k, join.j, 0.0, *self._can_be_met())
-                self._tell(join.applicant.peer, join.applicant.address, answer)
-                return
-            if len(self._matchmakings) >= MATCHMAKINGS_MAX and not self._make_room(join.k):
-                return
-            self._refresh(self._matchmaking(plan, join.k, join.j, axis, cell), now)
-        self._matchmakings[key].receive(join, sender, now)
+        if join.key not in self._matchmakings and join.k <= self._last_k:
+            answer = Closed(join.key, join.attempt, join.k, join.j, 0.0, *self._can_be_met())
+            self._tell(join.applicant.peer, join.applicant.address, answer)
+            return
+        matchmaking = self._early_matchmaking(plan, join.key, join.k, join.j, now)
+        if matchmaking is None:
+            return
+        matchmaking.receive(join, sender, now)
         current = self._current
         if current and self.state is State.MATCHING and current.j == 0 and current.call.epoch is None:
             assert current.matchmaking is not None
             if (waited_in := self._waited_in()) > current.k:
                 current.matchmaking.go_on_to(waited_in, now)
+
+    def _receive_coming(self, coming: Coming, sender: PeerId, now: float) -> None:
+        plan = self._members.plan_for(coming.k)
+        if (
+            plan is not None
+            and not self._is_past(coming.k, coming.j)
+            and self._is_of_our_line(plan, coming.key, coming.k, coming.j)
+            and self._members.keeps_promises(sender)
+            and (matchmaking := self._early_matchmaking(plan, coming.key, coming.k, coming.j, now))
+        ):
+            matchmaking.receive(coming, sender, now)
+
+    def _is_of_our_line(self, plan: Plan, key: Key, k: int, j: int) -> bool:
+        """Whether this is the key under which we ourselves should be met in that round."""
+        rounds, cell = self._rounds_planned(plan), self._members.cell(plan, k)
+        axis = plan.axis(k, j, rounds)
+        return j < rounds and key == grid_key(self._here.swarm, self.terms.digest, plan, k=k, j=j, axis=axis, cell=cell)
+
+    def _early_matchmaking(self, plan: Plan, key: Key, k: int, j: int, now: float) -> Matchmaking | None:
+        """That of a round of our line, perhaps before our trainer is there; None while there is no room for it."""
+        if key not in self._matchmakings:
+            if len(self._matchmakings) >= MATCHMAKINGS_MAX and not self._make_room(k):
+                return None
+            axis, cell = plan.axis(k, j, self._rounds_planned(plan)), self._members.cell(plan, k)
+            self._refresh(self._matchmaking(plan, k, j, axis, cell), now)
+        return self._matchmakings[key]
 
     def _waited_in(self) -> int:
         """The latest averaging in whose first round two others wait for us; -1: none.
@@ -957,6 +985,8 @@ class Session:
                 self._members.address_of(sender),
                 Leave(hail.key, HAILED, *self._can_be_met()),
             )
+        elif self._current and self._current.k == hail.k and self._current.j < hail.j:
+            self._tell(sender, self._members.address_of(sender), Coming(hail.key, hail.k, hail.j))
         elif matchmaking is not None:
             matchmaking.receive(hail, sender, now)
 
@@ -981,6 +1011,8 @@ class Session:
         for peer in matchmaking.missed:
             self._members.missed(peer)
         late = matchmaking.now_k is not None and matchmaking.now_k > current.k
+        grace_s = self._grace_s or self._config.grace_floor_s
+        self._was_late = late and current.j == 0 and matchmaking.late_by_s < grace_s
         if late and current.j == 0:
             assert matchmaking.now_k is not None
             # k never goes back: one that lies must not send us where nobody is. Leases bring the rest of the way.
@@ -993,6 +1025,8 @@ class Session:
                 current.k = self._next_k
                 self._become(State.GATHERING)
                 current.next_look_up = now
+                for kept in self._matchmakings.values():
+                    self._refresh(kept, now)  # those that wait for us in rounds we shall not come to
                 self._begin_if_possible(now)
                 return
         self._met_at_k = max(self._met_at_k, matchmaking.now_k or 0)
@@ -1006,6 +1040,7 @@ class Session:
         assert group is not None
         rank = group.rank_of(self._here.peer)
         assert rank is not None
+        self._was_late = False
         self._learn_grace(group.arrival_offsets_s)
         self._met_at_k = max(self._met_at_k, group.now_k)
         for absent in group.absent:
@@ -1315,12 +1350,16 @@ class Session:
 
     def _announce_next_presence(self) -> None:
         """While the trainer computes: where we shall be in the next averaging."""
-        plan = self._members.plan_for(self._next_k)
-        if plan is not None:
-            axis = plan.axis(self._next_k, 0, self._rounds_planned(plan))
-            cell = self._members.cell(plan, self._next_k)
-            key = grid_key(self._here.swarm, self.terms.digest, plan, k=self._next_k, j=0, axis=axis, cell=cell)
-            self._announce_presence(key, cell[axis])
+        k, plan = self._next_k, self._members.plan_for(self._next_k)
+        if plan is None:
+            return
+        axis, cell = plan.axis(k, 0, self._rounds_planned(plan)), self._members.cell(plan, k)
+        key = grid_key(self._here.swarm, self.terms.digest, plan, k=k, j=0, axis=axis, cell=cell)
+        self._announce_presence(key, cell[axis])
+        if self._was_late:
+            self._was_late = False
+            for peer in self._members.line(plan, axis, cell):
+                self._tell(peer, self._members.address_of(peer), Coming(key, k, 0))
 
     # ---- small things
 

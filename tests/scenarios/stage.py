@@ -136,9 +136,9 @@ class Stage(Observer):
 
     # ---- what a story does
 
-    def open(self, name: str, *, last_k: int = -1, joining: str = "receive") -> Peer:
+    def open(self, name: str, *, last_k: int = -1, joining: str = "receive", dialable: bool = True) -> Peer:
         options = replace(_options(self.scene), joining=joining)
-        peer = self.swarm.open(name, options, last_k=last_k)
+        peer = self.swarm.open(name, options, last_k=last_k, dialable=dialable)
         self.cast = [*(p for p in self.cast if p.name != name), peer]
         return peer
 

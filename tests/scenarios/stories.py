@@ -14,9 +14,9 @@ from typing import TypeVar
 import numpy as np
 
 from moshpitd.averaging.grid import Cell
-from moshpitd.averaging.messages import Begin, Begun, Bound, Closed, Join, Ready, Redirect, View
+from moshpitd.averaging.messages import Begin, Begun, Bound, Closed, Coming, Join, Ready, Redirect, View
 from moshpitd.averaging.receipt import Outcome
-from moshpitd.simulation.network import Weather
+from moshpitd.simulation.network import Link, Weather
 from moshpitd.simulation.swarm import Peer
 from tests.scenarios.stage import BEGINS_AT, Scene, Stage, Story
 
@@ -539,3 +539,66 @@ def lone_applicant_at_an_idle_leader(stage: Stage) -> None:
         assert receipts[peer].epoch == 100
         assert receipts[peer].rounds[0].leader == ann.id
         assert stage.holds(peer, stage.mean(ben, cat))
+
+
+@story(Scene(seed=2, grid="2x2"))
+def slow_line_in_the_round_before(stage: Stage) -> None:
+    """A grid of 2x2. One row has slow uplinks: its first round takes seconds, longer than the grace of the second, in
+    which the others already wait. Asked, the slow ones say that they are coming, so the columns wait for them, and all
+    hold the mean of all. Once nobody waited, and the two rows never mixed.
+    """
+    (plan,) = stage.plans()
+    for _ in range(3):
+        stage.average(*stage.cast)
+    first_axis = plan.axis(4, 0, 2)
+    slow = [peer for peer in stage.cast if plan.cells[peer.id][1 - first_axis] == 0]
+    for peer in slow:
+        stage.swarm.network.attach(peer.id, Link("slow", up_bytes_s=1e4))
+
+    receipts = stage.average(*stage.cast)
+
+    assert min(receipts[peer].rounds[0].seconds_reduce for peer in slow) > 2.0
+    for peer, receipt in receipts.items():
+        assert receipt.outcome is COMPLETE
+        assert stage.holds(peer, stage.mean(*stage.cast))
+    assert stage.sent(Coming)
+
+
+@story(Scene(seed=2, cast="ann ben cat"))
+def late_by_a_hair(stage: Stage) -> None:
+    """Cat's trainer stays away for two averagings, so nobody expects it any more. Back, it always calls 20 ms after the
+    others, whose group has begun by then. Told so, it asks to be expected next time, and there all three meet. Once it
+    was late for ever.
+    """
+    ann, ben, cat = stage.cast
+    for _ in range(3):
+        stage.average(ann, ben)
+    for averaging in range(2):
+        stage.call(ann)
+        stage.call(ben, after_s=0.001)
+        stage.call(cat, after_s=0.02)
+        receipts = stage.ended(ann, ben, cat)
+        if not averaging:
+            assert receipts[cat].outcome is ALONE
+            stage.swarm.run_for(1.0)
+
+    assert {receipt.outcome for receipt in receipts.values()} == {COMPLETE}
+    assert all(stage.holds(peer, stage.mean(ann, ben, cat)) for peer in receipts)
+
+
+@story(Scene(seed=0, cast="ann ben cat dan", acquainted=False, met=False, show_messages=False))
+def plan_of_one_that_cannot_be_dialled(stage: Stage) -> None:
+    """Ann, ben and cat have a plan; ann, the first of those who say so, cannot be dialled. Dan joins and needs it. He
+    asks those who can hear him, and averages at once. Once he asked ann only, for ever.
+    """
+    for name in ("ann", "ben", "cat"):
+        stage.train(stage.open(name, dialable=name != "ann"))
+    stage.swarm.run_for(5.0)
+    dan = stage.open("dan")
+    began = stage.now
+    stage.train(dan)
+    stage.swarm.run_until(lambda: bool(dan.endings))
+
+    assert dan.endings[0].told.outcome is COMPLETE
+    assert stage.now < began + 3.0
+    stage.stop_training()

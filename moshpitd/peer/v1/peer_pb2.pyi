@@ -267,6 +267,7 @@ class Envelope(_message.Message):
     TERMS_NOTICE_FIELD_NUMBER: _builtins.int
     FAREWELL_FIELD_NUMBER: _builtins.int
     HAIL_FIELD_NUMBER: _builtins.int
+    COMING_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """The session's key: hash of swarm and session name, 20 bytes."""
     @_builtins.property
@@ -349,6 +350,10 @@ class Envelope(_message.Message):
     def hail(self) -> Global___Hail:
         """See Hail."""
 
+    @_builtins.property
+    def coming(self) -> Global___Coming:
+        """See Coming."""
+
     def __init__(
         self,
         *,
@@ -373,12 +378,13 @@ class Envelope(_message.Message):
         terms_notice: Global___TermsNotice | None = ...,
         farewell: Global___Farewell | None = ...,
         hail: Global___Hail | None = ...,
+        coming: Global___Coming | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell", "hail"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell", "hail", "coming"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -826,7 +832,7 @@ Global___Absent: _TypeAlias = Absent  # noqa: Y015
 
 @_typing.final
 class Hail(_message.Message):
-    """A leader misses the receiver. It needs no answer: that it can be delivered shows that the receiver's daemon lives."""
+    """A leader misses the receiver. That it can be delivered shows that the receiver's daemon lives."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -853,6 +859,38 @@ class Hail(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hail: _TypeAlias = Hail  # noqa: Y015
+
+@_typing.final
+class Coming(_message.Message):
+    """Wait for the sender. In answer to a Hail: it is in an earlier round of the same averaging. Unasked: it came too late in
+    the averaging before, by little, and will be there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    J_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """The round's grid key."""
+    k: _builtins.int
+    """The round's averaging."""
+    j: _builtins.int
+    """The round's number in it."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        k: _builtins.int = ...,
+        j: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["j", b"j", "k", b"k", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Coming: _TypeAlias = Coming  # noqa: Y015
 
 @_typing.final
 class Begun(_message.Message):
