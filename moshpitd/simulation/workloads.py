@@ -10,8 +10,8 @@ from __future__ import annotations
 import gc
 import math
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moshpitd.averaging.grid import parse_sides
-from moshpitd.averaging.receipt import Outcome
+from moshpitd.averaging.receipt import Outcome, Receipt
 from moshpitd.averaging.session import Call, SessionConfig
 from moshpitd.averaging.vector import Vector
 from moshpitd.simulation.checkers import (
@@ -42,6 +42,8 @@ from moshpitd.simulation.swarm import Ending, Observer, Peer, Swarm, options_for
 AGREED = 1e-9
 """Variance over all peers below which a swarm of N(0, 1) values has agreed."""
 UNDIALABLE = "nobody in the group can be dialled"
+STEP_S = 10.0
+"""How long a step of training takes, calm averaging included: longer than the slowest links need."""
 Values = npt.NDArray[np.float32]
 
 
@@ -422,9 +424,76 @@ class MixedOptions:
     """How long faults come."""
     odds: Odds = field(default_factory=Odds)
     settle_averagings: int = 16
-    """In step, after the faults: within so many everybody must meet completely."""
+    """After the faults: within so many everybody must meet everybody."""
     calm_averagings: int = 2
     """... and must then do so this often."""
+
+
+class Calm(Observer):
+    """After the storm: which averagings were whole, everybody in them and everybody with the mean of all.
+
+    Who is on a line that nobody can dial is excused: it ends alone and does not count on by itself.
+    """
+
+    def __init__(self, given: Mapping[Peer, Values], *, exact: bool) -> None:
+        self.whole = 0
+        """So many in a row."""
+        self.wrong = ""
+        """An averaging of everybody that did not end with the mean."""
+        self.grid = ""
+        self._mean = np.mean(np.stack(list(given.values())).astype(np.float64), axis=0)
+        self._exact = exact
+        self._needed = set(given)
+        self._excused = False
+        self._ended: defaultdict[int, dict[Peer, str]] = defaultdict(dict)
+        """By averaging: who ended it, and what was odd."""
+        self._holed: set[int] = set()
+        """Those with a cell that nobody holds, until the next plan."""
+        self._farthest: dict[int, float] = {}
+        """... and how far from the mean a value was."""
+        self._whole_last = -2
+
+    @property
+    def last(self) -> int:
+        """How many averagings ago the calm began."""
+        return max(self._ended) - min(self._ended) if self._ended else 0
+
+    def call_ended(self, peer: Peer, ending: Ending) -> None:
+        receipt = ending.receipt
+        if receipt is None:
+            return
+        if any(UNDIALABLE in each.why for each in receipt.rounds):
+            self._needed.discard(peer)
+            self._excused = True
+            return
+        odd = "" if receipt.outcome is Outcome.COMPLETE and not receipt.joined else receipt.why or "joined"
+        self._ended[receipt.epoch][peer] = odd
+        sides = parse_sides(receipt.grid) if receipt.grid else ()
+        if any(len({line.coordinate for line in each.members}) < sides[each.axis] for each in receipt.rounds):
+            self._holed.add(receipt.epoch)
+        if not odd:
+            away = float(np.max(np.abs(ending.values - self._mean)))
+            self._farthest[receipt.epoch] = max(away, self._farthest.get(receipt.epoch, 0.0))
+        met = self._ended[receipt.epoch]
+        if self._needed <= met.keys() and not any(met[each] for each in self._needed):
+            self._everybody_met(receipt)
+
+    def _everybody_met(self, receipt: Receipt) -> None:
+        self.whole = self.whole + 1 if receipt.epoch == self._whole_last + 1 else 1
+        self._whole_last, self.grid = receipt.epoch, receipt.grid
+        holes, worst = receipt.epoch in self._holed, self._farthest[receipt.epoch]
+        if self._exact and worst > 1e-5 and not holes and not self._excused:
+            self.wrong = f"a whole averaging is {worst:.1e} away from the mean"
+
+    def why_not(self) -> str:
+        """What was odd in the last averaging that most have ended."""
+        if not self._ended:
+            return "no averaging ended"
+        k = max(self._ended, key=lambda k: (len(self._ended[k]), k))
+        odd = {peer.name: why for peer, why in self._ended[k].items() if why}
+        absent = sorted(peer.name for peer in self._needed - self._ended[k].keys())
+        said = "; ".join(f"{name} in {k}: {why}" for name, why in list(odd.items())[:3])
+        return said or f"{', '.join(absent) or 'nobody'} not in {k}"
 
 
 class Mixed:
@@ -473,48 +542,48 @@ class Mixed:
                 peer.on_end = None
             swarm.note("the storm is over")
             swarm.run_for(80.0)  # calls end, and the leases of the dead run out
-            self._calm()
+            self._settle()
         except Stuck as stuck:
             self._run.liveness.complain(swarm.now, str(stuck))
         return self._run.finish()
 
-    def _calm(self) -> None:
-        """From now on nothing fails: soon everybody must meet everybody, exactly, and go on to do so."""
-        swarm, rng = self.swarm, self._run.values_of
-        met, odd = 0, ""
-        for _ in range(self.options.settle_averagings):
-            given = {peer: rng.normal(size=self._elements).astype(np.float32) for peer in swarm.living()}
-            calls = {peer: (packed(values), Call(timeout_s=20.0)) for peer, values in given.items()}
-            endings = swarm.average(calls, limit_s=60.0)
-            odd = self._what_is_odd(given, endings)
-            swarm.note(odd or "everybody met everybody, exactly")
-            met = 0 if odd else met + 1
-            if met >= self.options.calm_averagings:
-                self._run.report.grid = next(iter(endings.values())).told.grid
-                return
-        self._run.liveness.complain(swarm.now, f"still not exact after {self.options.settle_averagings} calm: {odd}")
+    def _settle(self) -> None:
+        """From now on nothing fails, and trainers call in step, whoever is back by then: soon everybody must meet
+        everybody, exactly, and go on to do so."""
+        swarm, rng, options = self.swarm, self._run.values_of, self.options
+        given = {peer: rng.normal(size=self._elements).astype(np.float32) for peer in swarm.living()}
+        calm = Calm(given, exact=not self._rounds)
+        swarm.observers.append(calm)
+        for peer, values in given.items():
+            self._call_in_step(peer, packed(values))
+        try:
+            swarm.run_until(
+                lambda: calm.whole >= options.calm_averagings or calm.last > options.settle_averagings,
+                3 * STEP_S * options.settle_averagings,
+            )
+        finally:
+            swarm.observers.remove(calm)
+            for peer in given:
+                peer.on_end = None
+        self._run.report.grid = calm.grid
+        if calm.wrong:
+            self._run.contraction.complain(swarm.now, calm.wrong)
+        if calm.whole < options.calm_averagings:
+            self._run.liveness.complain(swarm.now, f"still not exact after {calm.last} calm: {calm.why_not()}")
 
-    def _what_is_odd(self, given: dict[Peer, Values], endings: dict[Peer, Ending]) -> str:
-        """Why an averaging of all is not the exact mean of all; empty when it is."""
-        excused = False
-        for peer, ending in endings.items():
-            if ending.receipt and any(UNDIALABLE in receipt.why for receipt in ending.receipt.rounds):
-                excused = True  # a line on which nobody can be dialled is no fault
-            elif ending.receipt is None or ending.receipt.outcome is not Outcome.COMPLETE or ending.receipt.joined:
-                why = ending.receipt.why or "joined" if ending.receipt else str(ending.error)
-                return f"{peer.name} in {ending.receipt.epoch if ending.receipt else '?'}: {why}"
-        if len({(ending.told.epoch, ending.told.grid) for ending in endings.values()}) > 1:
-            return "they met in several averagings"
-        mean = np.mean(np.stack(list(given.values())).astype(np.float64), axis=0)
-        worst = max(float(np.max(np.abs(ending.values - mean))) for ending in endings.values())
-        if self._rounds or excused or worst <= 1e-5:
-            return ""
-        sides = parse_sides(next(iter(endings.values())).told.grid)
-        rounds = [receipt for ending in endings.values() for receipt in ending.told.rounds]
-        holes = sum(len({line.coordinate for line in r.members}) < sides[r.axis] for r in rounds)
-        if not holes:
-            self._run.contraction.complain(self.swarm.now, f"a whole averaging is {worst:.1e} away from the mean")
-        return f"{holes} of {len(rounds)} lines have holes"
+    def _call_in_step(self, peer: Peer, vector: Vector) -> None:
+        """At every multiple of STEP_S at which it is not in a call."""
+
+        def again(_: Ending | None = None) -> None:
+            moment = (math.floor(self.swarm.now / STEP_S) + 1) * STEP_S + self._dice.uniform(0.0, 0.01)
+            self.swarm.at(moment, call)
+
+        def call() -> None:
+            if peer.on_end:
+                self.swarm.start_if_alive(peer, vector, Call(timeout_s=20.0))
+
+        peer.on_end = again
+        again()
 
     def _let_in(self, restarted: Peer | None) -> None:
         dice, swarm = self._dice, self.swarm
