@@ -654,7 +654,9 @@ class Matchmaking:
         """It leads and misses us. One that just joined may be before all we know of."""
         caller = self._address_of(sender)
         if self._closed or self.group:
-            self._say(caller, self._closed_answer(HAILED, now))
+            # Who leads a round whose group it is in has lost Begin with the leader that sent it.
+            group = next((g for g in (self.group, *self._closed) if g and g.rank_of(sender) is not None), None)
+            self._say(caller, Begin(group) if group else self._closed_answer(HAILED, now))
             return
         if sender in self._given_up:
             if sender in self._forgiven:

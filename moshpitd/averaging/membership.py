@@ -372,7 +372,8 @@ class Membership:
         strange = {known.record.plan for known in self._others.values()} - self._plans_met - {b""}
         if not strange:
             return None
-        return min((not known.record.dialable, p) for p, known in self._others.items() if known.record.plan in strange)[1]
+        holders = ((not k.record.dialable, p) for p, k in self._others.items() if k.record.plan in strange)
+        return min(holders)[1]
 
     def is_outranked(self, plan: Plan) -> bool:
         """Whether we go by another plan instead of this one."""

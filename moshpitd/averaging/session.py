@@ -307,6 +307,8 @@ class Session:
         self._plans_asked = 0
         self._was_late = False
         """We came too late, by little: nobody may expect us next time, if we do not say so."""
+        self._looked_at = -math.inf
+        """When the directory last told a call who is there."""
         self._looked_again_at = -math.inf
         self._met_at_k = 0
         """The furthest averaging in which others, past one of ours, said that they can be met."""
@@ -331,7 +333,8 @@ class Session:
         # A round that failed may still have a job under way, which writes into what was its spare.
         free = [spare for spare in spares if not any(r.may_write_to(spare) for r in self._reductions.values())]
         self._current = Averaging(call, now, now + call.timeout_s, vector, free, k, call.weight)
-        self._current.roster_seen = self._last_k >= 0  # a newcomer looks first, the others are warm
+        # A newcomer looks first, at its first call; the others are warm.
+        self._current.roster_seen = self._last_k >= 0 or now < self._looked_at + self._config.lease_ttl_s / 2
         self._become(State.GATHERING)
         if self._last_k < 0:
             self._announce_lease(now)
@@ -419,6 +422,7 @@ class Session:
             self._members.sighted(sightings, now)
             self._members.expire(now)
             if self._current:
+                self._looked_at = now
                 self._current.roster_seen = True
             self._roster_changed(now)
         elif matchmaking := self._matchmakings.get(key):
@@ -1012,7 +1016,7 @@ class Session:
             self._members.missed(peer)
         late = matchmaking.now_k is not None and matchmaking.now_k > current.k
         grace_s = self._grace_s or self._config.grace_floor_s
-        self._was_late = late and current.j == 0 and matchmaking.late_by_s < grace_s
+        self._was_late = self._was_late or (late and current.j == 0 and matchmaking.late_by_s < grace_s)
         if late and current.j == 0:
             assert matchmaking.now_k is not None
             # k never goes back: one that lies must not send us where nobody is. Leases bring the rest of the way.

@@ -161,6 +161,8 @@ class Tally(Observer):
         self.dropped: Counter[str] = Counter()
         self.windows: Counter[str] = Counter()
         self.round_s: list[float] = []
+        self._survivors: dict[tuple[object, ...], set[bytes]] = {}
+        """Of a group that lost somebody: the ids under which its members committed."""
 
     def call_ended(self, peer: Peer, ending: Ending) -> None:
         if ending.receipt is None:
@@ -175,6 +177,12 @@ class Tally(Observer):
                 self.windows["committed unconfirmed"] += 1
             if receipt.outcome is Outcome.ALONE and len(receipt.members) > 1:
                 self.windows["aborted after the group began"] += 1
+            elif receipt.group_id and receipt.outcome is not Outcome.COMPLETE:
+                begun = (receipt.averaging, receipt.round, receipt.leader, receipt.members)
+                ids = self._survivors.setdefault(begun, set())
+                if ids and receipt.group_id not in ids:
+                    self.windows["committed with other survivors"] += 1
+                ids.add(receipt.group_id)
 
 
 def _reason(why: str) -> str:

@@ -541,6 +541,26 @@ def lone_applicant_at_an_idle_leader(stage: Stage) -> None:
         assert stage.holds(peer, stage.mean(ben, cat))
 
 
+@story(Scene(seed=7, leads_in=1))
+def begin_lost_with_its_leader(stage: Stage) -> None:
+    """Ann begins the group and is killed before ben hears of it. He is next in the order, leads and calls the others.
+    They are in a group that he is in, too, and tell him of it: ann's share is lost, not his. Once they told him that
+    the averaging is closed.
+    """
+    ann, ben, cat, dan = stage.cast
+    stage.lose(Begin, ann, ben)
+    stage.when(stage.has_sent(Begun, cat, ann), lambda: stage.swarm.kill(ann))
+    for number, peer in enumerate(stage.cast):
+        stage.call(peer, after_s=number / 1000)
+
+    receipts = stage.ended(ben, cat, dan)
+
+    for peer, receipt in receipts.items():
+        assert receipt.outcome is PARTIAL
+        assert [line.peer for line in receipt.rounds[0].dropped] == [ann.id]
+        assert stage.holds(peer, stage.mean(ben, cat, dan))
+
+
 @story(Scene(seed=2, grid="2x2"))
 def slow_line_in_the_round_before(stage: Stage) -> None:
     """A grid of 2x2. One row has slow uplinks: its first round takes seconds, longer than the grace of the second, in
