@@ -21,7 +21,6 @@ differ; nobody is ever in both, and receipts tell.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -160,7 +159,7 @@ class Matchmaking:
         """Where those who are past this round can be met, once they told us."""
         self.they_wait = False
         """... and they wait there now."""
-        self.late_by_s = math.inf
+        self.late_by_s = 0.0
         """How much too late we came, when a group was closed without us."""
         self.missed: tuple[PeerId, ...] = ()
         """Who was expected when we found nobody."""

@@ -304,6 +304,9 @@ class Session:
         self._deferred: dict[PeerId, Join] = {}
         """Under plans we do not know yet, the newest of each sender."""
         self._terms_asked_at = -math.inf
+        self._started_at = -math.inf
+        self._period_s = math.inf
+        """From our trainer's call before to its last one."""
         self._plans_asked = 0
         self._was_late = False
         """We came too late, by little: nobody may expect us next time, if we do not say so."""
@@ -330,6 +333,7 @@ class Session:
             raise Precondition("an averaging of this session is still under way: await it first")
         assert vector.layout == self.options.layout
         k = self._choose_k(call)
+        self._started_at, self._period_s = now, now - self._started_at
         # A round that failed may still have a job under way, which writes into what was its spare.
         free = [spare for spare in spares if not any(r.may_write_to(spare) for r in self._reductions.values())]
         self._current = Averaging(call, now, now + call.timeout_s, vector, free, k, call.weight)
@@ -1023,8 +1027,10 @@ class Session:
             now_k = min(matchmaking.now_k, max(current.k + 1, self._members.current_k() + BEHIND_MAX))
             self._next_k = max(self._next_k, now_k)
             self._members.heard_over(now_k - 1)
-            # A newcomer cannot know what is open: the next one then. Others follow where they are waited for.
-            follows = current.call.epoch is None and (self._last_k < 0 or matchmaking.they_wait)
+            # A newcomer cannot know what is open: the next one then. Others follow where they are waited for, and when
+            # the next one is closer than this one: who is a step behind would otherwise stay so for ever.
+            nearer = matchmaking.late_by_s > self._period_s / 2
+            follows = current.call.epoch is None and (self._last_k < 0 or matchmaking.they_wait or nearer)
             if follows and now < current.deadline:
                 current.k = self._next_k
                 self._become(State.GATHERING)

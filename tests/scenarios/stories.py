@@ -622,3 +622,21 @@ def plan_of_one_that_cannot_be_dialled(stage: Stage) -> None:
     assert dan.endings[0].told.outcome is COMPLETE
     assert stage.now < began + 3.0
     stage.stop_training()
+
+
+@story(Scene(seed=7, leads_in=1))
+def one_step_behind(stage: Stage) -> None:
+    """Ann's trainer skips an averaging, in which her daemon leads the others, and the directory does not tell her how
+    they count since. When all call again, she asks for the one that was closed a whole step ago; the next one is
+    nearer, so she goes on to it in the same call, and all four meet. Once she ended alone and stayed behind for ever.
+    """
+    ann, *others = stage.cast
+    stage.hide((ann,), others)
+    stage.average(*others)
+    stage.swarm.run_for(10.0)
+
+    receipts = stage.average(*stage.cast)
+
+    assert {receipt.epoch for receipt in receipts.values()} == {2}
+    assert {receipt.outcome for receipt in receipts.values()} == {COMPLETE}
+    assert all(stage.holds(peer, stage.mean(*stage.cast)) for peer in receipts)
