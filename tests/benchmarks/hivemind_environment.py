@@ -25,6 +25,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,25 +184,25 @@ def _run(command: Sequence[str], purpose: str, timeout_s: float) -> str:
     """The command's standard output; every process it started is gone afterwards, hivemind's p2pd included."""
     # Outside variables must not lead the other environment back into ours.
     environ = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    try:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environ,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise HivemindUnavailable(f"could not {purpose}: {error}") from error
-    try:
-        output, errors = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        raise HivemindUnavailable(f"could not {purpose}: not done after {timeout_s:.0f} s, given up") from None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with tempfile.TemporaryFile("w+") as output_file, tempfile.TemporaryFile("w+") as errors_file:
+        try:
+            process = subprocess.Popen(
+                command, stdout=output_file, stderr=errors_file, env=environ, start_new_session=True
+            )
+        except OSError as error:
+            raise HivemindUnavailable(f"could not {purpose}: {error}") from error
+        try:
+            # Only for the process: a pipe would stay open as long as a p2pd that outlives its parent.
+            process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise HivemindUnavailable(f"could not {purpose}: not done after {timeout_s:.0f} s, given up") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output_file.seek(0)
+        errors_file.seek(0)
+        output, errors = output_file.read(), errors_file.read()
     if process.returncode != 0:
         last = "\n".join(f"    {line}" for line in (errors or output).strip().splitlines()[-LAST_LINES:])
         raise HivemindUnavailable(f"could not {purpose}: exit code {process.returncode}\n{last}")
