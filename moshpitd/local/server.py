@@ -117,7 +117,7 @@ class LocalServer:
     async def close(self, grace_s: float) -> None:
         """Refuse new calls, end the sessions' streams, give running calls `grace_s`, give the path back."""
         await self._health.enter_graceful_shutdown()
-        self._service.leave()
+        await self._service.leave(grace_s)
         await self._server.stop(grace_s)
         await self._service.finish(grace_s)
         self._claim.release()
@@ -172,39 +172,49 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
         self._sessions: dict[str, _OpenSession] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._leaving = False
+        self._streams: set[asyncio.Task[object]] = set()
+        """Those that serve a session's stream."""
 
     async def OpenSession(  # type: ignore[override]
         self,
         request: pb.OpenSessionRequest,
         context: grpc.aio.ServicerContext[pb.OpenSessionRequest, pb.OpenSessionResponse],
     ) -> None:
+        self._note_stream()
         async with Answering(context):
+            await self._serve_session(request, context)
+
+    async def _serve_session(
+        self,
+        request: pb.OpenSessionRequest,
+        context: grpc.aio.ServicerContext[pb.OpenSessionRequest, pb.OpenSessionResponse],
+    ) -> None:
+        self._refuse_when_leaving()
+        options = translate.session_options(request)
+        size, limit = options.layout.byte_size, self._config.vector_bytes_max
+        if size > limit:
+            raise Exhausted(
+                f"the tensors have {size} bytes, more than vector_bytes_max = {limit}: "
+                "raise it in the daemon's configuration, or open several smaller sessions"
+            )
+        session = _OpenSession(await self._driver.open_session(options), options.name, options.layout)
+        self._sessions[session.session_id] = session
+        try:
+            first = pb.OpenSessionResponse(session_id=session.session_id)
+            if request.shared_memory:
+                await self._offer(session, options)
+            else:
+                session.stream("the trainer did not ask for shared memory")
+            if session.offer is not None:
+                first.shared_memory.CopyFrom(translate.offer_message(session.offer))
+            await context.write(first)
+            await session.closed.wait()
             self._refuse_when_leaving()
-            options = translate.session_options(request)
-            size, limit = options.layout.byte_size, self._config.vector_bytes_max
-            if size > limit:
-                raise Exhausted(
-                    f"the tensors have {size} bytes, more than vector_bytes_max = {limit}: "
-                    "raise it in the daemon's configuration, or open several smaller sessions"
-                )
-            session = _OpenSession(await self._driver.open_session(options), options.name, options.layout)
-            self._sessions[session.session_id] = session
-            try:
-                first = pb.OpenSessionResponse(session_id=session.session_id)
-                if request.shared_memory:
-                    await self._offer(session, options)
-                else:
-                    session.stream("the trainer did not ask for shared memory")
-                if session.offer is not None:
-                    first.shared_memory.CopyFrom(translate.offer_message(session.offer))
-                await context.write(first)
-                await session.closed.wait()
-                self._refuse_when_leaving()
-            finally:
-                if session.offer is not None:
-                    session.offer.withdraw()
-                del self._sessions[session.session_id]
-                await self._close(session.session_id)
+        finally:
+            if session.offer is not None:
+                session.offer.withdraw()
+            del self._sessions[session.session_id]
+            await self._close(session.session_id)
 
     async def AttachSharedMemory(
         self,
@@ -240,20 +250,23 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
 
     async def Average(self, _requests: object, context: AverageContext) -> None:  # type: ignore[override]
         async with Answering(context):
-            start = await context.read()
-            if not isinstance(start, pb.AverageRequest) or start.WhichOneof("message") != "start":
-                raise InvalidInput("the first message of an averaging must be `start`: this client has a bug")
-            session = self._session(start.start.session_id)
-            call = translate.average_call(start.start)
-            deadline = asyncio.get_running_loop().time() + call.timeout_s
-            self._refuse_when_leaving()
-            transfer: Transfer = StreamTransfer(context)
-            if start.start.shared_memory:
-                if session.buffers is None:
-                    raise Precondition("this session has no shared memory: stream the values")
-                transfer = SharedTransfer(session.buffers, transfer)
-            async with session.taking_turns(deadline):
-                await self._average(session, call, deadline, transfer, context)
+            await self._serve_average(context)
+
+    async def _serve_average(self, context: AverageContext) -> None:
+        start = await context.read()
+        if not isinstance(start, pb.AverageRequest) or start.WhichOneof("message") != "start":
+            raise InvalidInput("the first message of an averaging must be `start`: this client has a bug")
+        session = self._session(start.start.session_id)
+        call = translate.average_call(start.start)
+        deadline = asyncio.get_running_loop().time() + call.timeout_s
+        self._refuse_when_leaving()
+        transfer: Transfer = StreamTransfer(context)
+        if start.start.shared_memory:
+            if session.buffers is None:
+                raise Precondition("this session has no shared memory: stream the values")
+            transfer = SharedTransfer(session.buffers, transfer)
+        async with session.taking_turns(deadline):
+            await self._average(session, call, deadline, transfer, context)
 
     async def GetStatus(
         self,
@@ -290,11 +303,20 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
         async with Answering(context):
             return translate.config_message(self._info.config_values)
 
-    def leave(self) -> None:
+    async def leave(self, timeout_s: float) -> None:
         """End the sessions' streams; from now on everything is refused."""
         self._leaving = True
         for session in self._sessions.values():
             session.closed.set()
+        if self._streams:  # gRPC's stop does not wait for the status of a call that is just being aborted
+            await asyncio.wait(self._streams, timeout=timeout_s)
+
+    def _note_stream(self) -> None:
+        # Not in the caller: a task in its own frame would live on with its exception, and with it what it serves.
+        serving = asyncio.current_task()
+        assert serving is not None
+        self._streams.add(serving)
+        serving.add_done_callback(self._streams.discard)
 
     async def finish(self, timeout_s: float) -> None:
         """Wait for the driver to have closed what we told it to close."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -46,7 +47,10 @@ log = logging.getLogger(__name__)
 
 
 class Answering(Generic[_Request, _Response]):
-    """`async with Answering(context):` around all of a call; what is raised inside becomes its status."""
+    """`async with Answering(context):` around all of a call; what is raised inside becomes its status.
+
+    A call that holds much does its work in a method of its own inside: its frame, unlike the caller's, is cleared.
+    """
 
     def __init__(self, context: grpc.aio.ServicerContext[_Request, _Response]) -> None:
         self._context = context
@@ -57,6 +61,9 @@ class Answering(Generic[_Request, _Response]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if trace is not None:
+            # gRPC keeps what aborts a call, in a circle with it: what the failed work held must not live on in frames.
+            traceback.clear_frames(trace)
         match error:
             case None | asyncio.CancelledError() | grpc.aio.BaseError():
                 return

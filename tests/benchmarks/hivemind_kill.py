@@ -56,14 +56,25 @@ def descendants(pid: int) -> list[int]:
 
 def kill(averager: MarkedAverager, after: float) -> float:
     """Wait for its group, then so long, then kill all of it; the moment it was dead."""
-    mark = MARKS / str(averager.pid)
+    mark, until = MARKS / str(averager.pid), time.monotonic() + STEP_TIMEOUT_S
     while not mark.exists():
+        if time.monotonic() > until:
+            give_up(f"hivemind assembled no group with the victim within {STEP_TIMEOUT_S:g} s")
         time.sleep(0.002)
     time.sleep(after)
     for pid in [*descendants(averager.pid), *descendants(averager.dht.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return time.perf_counter()
+
+
+def give_up(why: str) -> None:
+    """End at once, whatever still runs: its own shutdown would wait."""
+    print(why, file=sys.stderr, flush=True)
+    for pid in descendants(os.getpid())[1:]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    os._exit(1)
 
 
 def share(values: torch.Tensor, number: float) -> float:
