@@ -87,6 +87,9 @@ from moshpitd.averaging.vector import Layout, Vector
 NAME_DEFAULT = "default"
 TIMEOUT_DEFAULT_S = 60.0
 LONELY_WAIT_DEFAULT_S = 1.0
+LOOK_AGAIN_S = 3.0
+"""After an averaging in which somebody was missing: by then the others have ended theirs, and their leases say whether
+they count as we do."""
 MATCHMAKINGS_MAX = 64
 REDUCTIONS_MAX = 16
 EARLY_MESSAGES_MAX = 1024
@@ -305,13 +308,14 @@ class Session:
         """Under plans we do not know yet, the newest of each sender."""
         self._terms_asked_at = -math.inf
         self._started_at = -math.inf
-        self._period_s = math.inf
-        """From our trainer's call before to its last one."""
+        self._periods_s: deque[float] = deque(maxlen=8)
+        """From one call of our trainer to its next."""
         self._plans_asked = 0
         self._was_late = False
         """We came too late, by little: nobody may expect us next time, if we do not say so."""
         self._looked_at = -math.inf
         """When the directory last told a call who is there."""
+        self._look_again_at: float | None = None
         self._looked_again_at = -math.inf
         self._met_at_k = 0
         """The furthest averaging in which others, past one of ours, said that they can be met."""
@@ -333,7 +337,8 @@ class Session:
             raise Precondition("an averaging of this session is still under way: await it first")
         assert vector.layout == self.options.layout
         k = self._choose_k(call)
-        self._started_at, self._period_s = now, now - self._started_at
+        self._periods_s.append(now - self._started_at)
+        self._started_at = now
         # A round that failed may still have a job under way, which writes into what was its spare.
         free = [spare for spare in spares if not any(r.may_write_to(spare) for r in self._reductions.values())]
         self._current = Averaging(call, now, now + call.timeout_s, vector, free, k, call.weight)
@@ -462,6 +467,9 @@ class Session:
         for reduction in list(self._reductions.values()):
             if (due := reduction.next_deadline()) is not None and due <= now:
                 reduction.handle_timer(now)
+        if self._look_again_at is not None and now >= self._look_again_at:
+            self._look_again_at = None
+            self._effects.append(LookUp(self.key))
         self._step(now)
 
     def next_deadline(self) -> float | None:
@@ -471,6 +479,8 @@ class Session:
             moments += [self._current.deadline, self._current.next_word]
             if self.state is State.GATHERING:
                 moments.append(self._current.next_look_up)
+        if self._look_again_at is not None and self.state is not State.CLOSED:
+            moments.append(self._look_again_at)
         return min((m for m in moments if m is not None), default=None)
 
     def take_effects(self) -> list[Effect]:
@@ -1029,7 +1039,7 @@ class Session:
             self._members.heard_over(now_k - 1)
             # A newcomer cannot know what is open: the next one then. Others follow where they are waited for, and when
             # the next one is closer than this one: who is a step behind would otherwise stay so for ever.
-            nearer = matchmaking.late_by_s > self._period_s / 2
+            nearer = matchmaking.late_by_s > min(self._periods_s) / 2
             follows = current.call.epoch is None and (self._last_k < 0 or matchmaking.they_wait or nearer)
             if follows and now < current.deadline:
                 current.k = self._next_k
@@ -1250,6 +1260,8 @@ class Session:
         self._effects.append(Finished(receipt))
         for matchmaking in self._matchmakings.values():
             self._refresh(matchmaking, now)  # those that wait for us in a round we are past
+        if receipt.outcome is not Outcome.COMPLETE:
+            self._look_again_at = now + LOOK_AGAIN_S
         self._announce_lease(now)
         self._make_plan_if_due(now)
         self._announce_next_presence()
