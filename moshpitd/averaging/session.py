@@ -373,6 +373,7 @@ class Session:
         self._effects.append(Withdraw(self.key))
         if self._presence_key is not None:
             self._effects.append(Withdraw(self._presence_key))
+        self._look_again_at = None
         self.state = State.CLOSED
 
     def relocate(self, here: Whereabouts, now: float) -> None:
@@ -479,7 +480,7 @@ class Session:
             moments += [self._current.deadline, self._current.next_word]
             if self.state is State.GATHERING:
                 moments.append(self._current.next_look_up)
-        if self._look_again_at is not None and self.state is not State.CLOSED:
+        if self._look_again_at is not None:
             moments.append(self._look_again_at)
         return min((m for m in moments if m is not None), default=None)
 

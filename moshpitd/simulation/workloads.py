@@ -440,7 +440,7 @@ class MixedOptions:
 class Calm(Observer):
     """After the storm: which averagings were whole, everybody in them and everybody with the mean of all.
 
-    Who is on a line that nobody can dial is excused: it ends alone and does not count on by itself.
+    Who is on a line that nobody can dial is excused, as long as it is: it ends alone and does not count on by itself.
     """
 
     def __init__(self, given: Mapping[Peer, Values], *, exact: bool) -> None:
@@ -451,10 +451,12 @@ class Calm(Observer):
         self.grid = ""
         self._mean = np.mean(np.stack(list(given.values())).astype(np.float64), axis=0)
         self._exact = exact
-        self._needed = set(given)
-        self._excused = False
+        self._everybody = set(given)
+        self._excused: set[Peer] = set()
+        """By their last call."""
         self._ended: defaultdict[int, dict[Peer, str]] = defaultdict(dict)
         """By averaging: who ended it, and what was odd."""
+        self._grids: defaultdict[int, set[str]] = defaultdict(set)
         self._holed: set[int] = set()
         """Those with a cell that nobody holds, until the next plan."""
         self._farthest: dict[int, float] = {}
@@ -463,19 +465,20 @@ class Calm(Observer):
 
     @property
     def last(self) -> int:
-        """How many averagings ago the calm began."""
-        return max(self._ended) - min(self._ended) if self._ended else 0
+        """How many averagings there were in the calm."""
+        return max(self._ended) - min(self._ended) + 1 if self._ended else 0
 
     def call_ended(self, peer: Peer, ending: Ending) -> None:
         receipt = ending.receipt
         if receipt is None:
             return
         if any(UNDIALABLE in each.why for each in receipt.rounds):
-            self._needed.discard(peer)
-            self._excused = True
+            self._excused.add(peer)
             return
+        self._excused.discard(peer)
         odd = "" if receipt.outcome is Outcome.COMPLETE and not receipt.joined else receipt.why or "joined"
         self._ended[receipt.epoch][peer] = odd
+        self._grids[receipt.epoch].add(receipt.grid)
         sides = parse_sides(receipt.grid) if receipt.grid else ()
         if any(len({line.coordinate for line in each.members}) < sides[each.axis] for each in receipt.rounds):
             self._holed.add(receipt.epoch)
@@ -483,15 +486,19 @@ class Calm(Observer):
             away = float(np.max(np.abs(ending.values - self._mean)))
             self._farthest[receipt.epoch] = max(away, self._farthest.get(receipt.epoch, 0.0))
         met = self._ended[receipt.epoch]
-        if self._needed <= met.keys() and not any(met[each] for each in self._needed):
+        if self._everybody - self._excused <= met.keys() and not any(met.values()):
             self._everybody_met(receipt)
 
     def _everybody_met(self, receipt: Receipt) -> None:
+        if len(self._grids[receipt.epoch]) > 1 or receipt.epoch == self._whole_last:
+            return
+        worst = self._farthest[receipt.epoch]
+        if self._exact and worst > 1e-5 and not self._excused:
+            if receipt.epoch not in self._holed:
+                self.wrong = f"a whole averaging is {worst:.1e} away from the mean"
+            return
         self.whole = self.whole + 1 if receipt.epoch == self._whole_last + 1 else 1
         self._whole_last, self.grid = receipt.epoch, receipt.grid
-        holes, worst = receipt.epoch in self._holed, self._farthest[receipt.epoch]
-        if self._exact and worst > 1e-5 and not holes and not self._excused:
-            self.wrong = f"a whole averaging is {worst:.1e} away from the mean"
 
     def why_not(self) -> str:
         """What was odd in the last averaging that most have ended."""
@@ -499,9 +506,10 @@ class Calm(Observer):
             return "no averaging ended"
         k = max(self._ended, key=lambda k: (len(self._ended[k]), k))
         odd = {peer.name: why for peer, why in self._ended[k].items() if why}
-        absent = sorted(peer.name for peer in self._needed - self._ended[k].keys())
+        absent = sorted(peer.name for peer in self._everybody - self._excused - self._ended[k].keys())
         said = "; ".join(f"{name} in {k}: {why}" for name, why in list(odd.items())[:3])
-        return said or f"{', '.join(absent) or 'nobody'} not in {k}"
+        holed = f", {k} has a cell that nobody holds" if k in self._holed else ""
+        return (said or f"{', '.join(absent) or 'nobody'} not in {k}") + holed
 
 
 class Mixed:

@@ -24,6 +24,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import hivemind
 import hivemind_round
@@ -68,13 +69,19 @@ def kill(averager: MarkedAverager, after: float) -> float:
     return time.perf_counter()
 
 
-def give_up(why: str) -> None:
-    """End at once, whatever still runs: its own shutdown would wait."""
+def give_up(why: str) -> NoReturn:
+    """Says why there is no report, and ends."""
     print(why, file=sys.stderr, flush=True)
+    end(1)
+
+
+def end(code: int) -> NoReturn:
+    """At once: its shutdown would wait for the dead; and who reads our output waits for everybody who could write to
+    it."""
     for pid in descendants(os.getpid())[1:]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    os._exit(1)
+    os._exit(code)
 
 
 def share(values: torch.Tensor, number: float) -> float:
@@ -128,11 +135,7 @@ def measure(peers: int, megabytes: float) -> dict[str, object]:
             )
         report = {"hivemind": hivemind.__version__, "data_seconds": clean, "survivors": survivors}
         print(json.dumps(report), flush=True)
-        # Its shutdown would wait for the dead; and who reads our output waits for everybody who could write to it.
-        for pid in descendants(os.getpid())[1:]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        os._exit(0)
+        end(0)
 
 
 def main() -> None:
