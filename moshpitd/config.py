@@ -101,8 +101,10 @@ class Config:
     """auto = uvloop where it is installed."""
     drain_timeout_s: float
     """How long SIGTERM waits for the running round."""
-    transport: Literal["grpc"]
-    """How chunks travel between peers."""
+    transport: Literal["auto", "grpc", "tcp"]
+    """How chunks travel between peers: auto = plain TCP where both offer it and it can be reached, else gRPC."""
+    bulk_port: int
+    """Where the plain TCP path listens; 0 = any free port."""
     vector_bytes_max: int
     """The largest vector a trainer may hand in; the guard of this machine's memory."""
     shared_memory_dir: str
@@ -156,7 +158,8 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Config:
         http=layers.one("http", _http, None, "off"),
         event_loop=layers.one("event_loop", _one_of("auto", "uvloop", "asyncio"), "auto"),
         drain_timeout_s=layers.one("drain_timeout", _seconds, 20.0),
-        transport=layers.one("transport", _one_of("grpc"), "grpc"),
+        transport=layers.one("transport", _one_of("auto", "grpc", "tcp"), "auto"),
+        bulk_port=layers.one("bulk_port", _port, 0),
         vector_bytes_max=layers.one("vector_bytes_max", _bytes, 4 << 30, "4GiB"),
         shared_memory_dir=layers.one("shared_memory_dir", _shared_memory_dir, "auto"),
         log_level=layers.one("log_level", _one_of("debug", "info", "warning", "error"), "info"),
@@ -387,6 +390,12 @@ def _grid(text: str) -> tuple[int, ...] | None:
 def _group_size(text: str) -> int:
     if not text.isdecimal() or not 2 <= int(text) <= 1024:
         raise ValueError("is no group size: write a number from 2 to 1024")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise ValueError("is no port: write a number from 0 to 65535")
     return int(text)
 
 

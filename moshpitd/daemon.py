@@ -44,6 +44,7 @@ from moshpitd.local.claim import ClaimError
 from moshpitd.local.server import LocalConfig, LocalServer
 from moshpitd.peer.channels import PeerConfig
 from moshpitd.peer.door import PeerDoor
+from moshpitd.peer.tcp import BulkPortError
 from moshpitd.telemetry import log as event_log
 from moshpitd.telemetry.counters import Counters
 from moshpitd.telemetry.http import HttpDoor
@@ -186,7 +187,9 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
         vector_bytes_max=config.vector_bytes_max,
         shared_memory_dir=config.shared_memory_dir,
     )
-    peer_config = config.room("peer", PeerConfig)
+    peer_config = dataclasses.replace(
+        config.room("peer", PeerConfig), transport=config.transport, bulk_port=config.bulk_port
+    )
     session_config = dataclasses.replace(
         config.room("session", SessionConfig),
         pin=format_sides(config.grid) if config.grid else "",
@@ -251,6 +254,10 @@ async def _open_ports(
     for tries_left in reversed(range(PORT_TRIES)):
         try:
             door = await PeerDoor.open(host, port, identity=identity, swarm_id=swarm_id, config=peer_config)
+        except BulkPortError as error:
+            raise StartError(
+                f"--bulk-port {peer_config.bulk_port}: {error.strerror}: choose another port, or 0 for a free one"
+            ) from error
         except OSError as error:
             raise StartError(_port_message(config.listen, error)) from error
         try:

@@ -139,7 +139,9 @@ class Driver:
         self._config = config or DriverConfig()
         self._session_config = session_config
         self._rng = rng or random.Random(random.SystemRandom().getrandbits(128))
-        self._here = Whereabouts(swarm_id, identity.peer_id, identity.incarnation, Address(announce), dialable=True)
+        self._here = Whereabouts(
+            swarm_id, identity.peer_id, identity.incarnation, Address(announce), True, peer_door.bulk_port
+        )
         self._credentials = SigningCredentials(identity, swarm_id)
         self._pool = ThreadPoolExecutor(self._config.threads, thread_name_prefix="moshpitd-compute")
         self._running: dict[str, Running] = {}
@@ -326,6 +328,10 @@ class Driver:
     def next_outgoing(self, session: Key, group_id: GroupId, rank: Rank) -> Outgoing | None:
         running = self._by_key.get(session)
         return running.machine.next_outgoing(group_id, rank) if running else None
+
+    def stream_opened(self, session: Key, group_id: GroupId, rank: Rank, transport: str) -> None:
+        if running := self._by_key.get(session):
+            running.machine.stream_opened(group_id, rank, transport)
 
     def stream_lost(self, session: Key, group_id: GroupId, rank: Rank, why: str) -> None:
         if running := self._by_key.get(session):

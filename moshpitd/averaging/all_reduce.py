@@ -100,6 +100,8 @@ class AllReduce:
         """Why it failed, or why the commit is not complete."""
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.transports: dict[Rank, str] = {}
+        """Over what chunks travel between each member and us, as its door tells."""
         self._values = values
         self._result = result
         self._codec = codec

@@ -48,6 +48,8 @@ class Lease:
     down_bytes_s: float
     open_s: float
     """How long the session has been open: of two that disagree the later one is told."""
+    bulk_port: int = 0
+    """TCP port of its plain path for chunks, at the address's host; 0 where it offers none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,8 @@ class Member:
     dialable: bool
     up_bytes_s: float = 0.0
     down_bytes_s: float = 0.0
+    bulk_port: int = 0
+    """See Lease."""
 
 
 @dataclass(frozen=True, slots=True)

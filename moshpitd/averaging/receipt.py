@@ -29,6 +29,8 @@ class MemberLine:
     peer: PeerId
     weight: float
     coordinate: int = 0
+    transport: str = ""
+    """Over what chunks travelled between it and us; empty for ourselves, and while none did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class RoundReceipt:
     rank: int
     codec: str
     transport: str
+    """Over what chunks travelled: grpc, tcp, or both joined by a plus."""
     members: tuple[MemberLine, ...]
     spans: tuple[SpanLine, ...]
     dropped: tuple[DroppedLine, ...]

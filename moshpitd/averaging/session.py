@@ -187,6 +187,8 @@ class Whereabouts:
     address: Address
     """What others dial; empty while nobody can."""
     dialable: bool
+    bulk_port: int = 0
+    """Of the plain TCP path for chunks; 0: not offered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,6 +446,11 @@ class Session:
         if reduction := self._reductions.get(group_id):
             reduction.chunk_received(chunk, sender, now)
             self._step(now)
+
+    def stream_opened(self, group_id: GroupId, rank: Rank, transport: str) -> None:
+        """Over what chunks travel between this member and us."""
+        if reduction := self._reductions.get(group_id):
+            reduction.transports[rank] = transport
 
     def stream_lost(self, group_id: GroupId, rank: Rank, why: str, now: float) -> None:
         """A group's stream to this member broke."""
@@ -807,7 +814,9 @@ class Session:
 
     def _member(self, coordinate: int, weight: float) -> Member:
         here = self._here
-        return Member(here.peer, here.incarnation, coordinate, weight, here.address, here.dialable)
+        return Member(
+            here.peer, here.incarnation, coordinate, weight, here.address, here.dialable, bulk_port=here.bulk_port
+        )
 
     def _matchmaking(self, plan: Plan, k: int, j: int, axis: int, cell: Cell) -> Matchmaking:
         key = grid_key(self._here.swarm, self.terms.digest, plan, k=k, j=j, axis=axis, cell=cell)
@@ -1298,8 +1307,11 @@ class Session:
             leader=group.leader,
             rank=reduction.rank,
             codec=self.options.codec,
-            transport="grpc",
-            members=tuple(MemberLine(m.peer, m.weight, m.coordinate) for m in group.members),
+            transport="+".join(sorted(set(reduction.transports.values()))),
+            members=tuple(
+                MemberLine(m.peer, m.weight, m.coordinate, reduction.transports.get(Rank(rank), ""))
+                for rank, m in enumerate(group.members)
+            ),
             spans=reduction.span_lines() if committed else (),
             dropped=tuple(dropped),
             why=why,
@@ -1361,6 +1373,7 @@ class Session:
             up_bytes_s=0.0,
             down_bytes_s=0.0,
             open_s=now - self._opened_at,
+            bulk_port=self._here.bulk_port,
         )
         self._effects.append(Announce(self.key, lease, self._config.lease_ttl_s, "lease"))
 

@@ -72,7 +72,7 @@ def _round(receipt: pb.Receipt, round_: pb.Round, own: str) -> Iterator[str]:
         yield f"  {_who(dropped.peer, own)} was dropped: {dropped.why}."
     yield (
         f"  It took {round_.seconds.matchmaking:.3f} s to match and {round_.seconds.reduce:.3f} s to reduce by "
-        f"{round_.transport or 'gRPC'} in {round_.codec}; {amount(round_.bytes.sent)} out, "
+        f"{round_.transport} in {round_.codec}; {amount(round_.bytes.sent)} out, "
         f"{amount(round_.bytes.received)} in. Weight {round_.weight_after:g} goes on."
     )
     yield f"  Whoever shows group id {round_.group_id.hex()} holds the same bits, digest {round_.digest.hex()}."

@@ -102,7 +102,12 @@ def _round(message: pb.Round) -> Json:
         "codec": message.codec,
         "transport": message.transport,
         "members": [
-            {"peer": member.peer, "weight": member.weight, "coordinate": member.coordinate}
+            {
+                "peer": member.peer,
+                "weight": member.weight,
+                "coordinate": member.coordinate,
+                "transport": member.transport,
+            }
             for member in message.members
         ],
         "spans": [

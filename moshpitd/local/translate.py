@@ -183,7 +183,10 @@ def _round_message(round_: RoundReceipt) -> pb.Round:
         rank=round_.rank,
         codec=round_.codec,
         transport=round_.transport,
-        members=[pb.Member(peer=line.peer, weight=line.weight, coordinate=line.coordinate) for line in round_.members],
+        members=[
+            pb.Member(peer=line.peer, weight=line.weight, coordinate=line.coordinate, transport=line.transport)
+            for line in round_.members
+        ],
         spans=[
             pb.Span(reducer=line.reducer, start=line.start, stop=line.stop, contributors=line.contributors)
             for line in round_.spans

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -18,6 +21,26 @@ class PeerConfig:
     """How far a stream may run ahead of its reader. 16 MiB fills long fat links and costs 50 MB more in a round."""
     dial_timeout_s: float = 5.0
     """How long connecting and the hello may take."""
+    transport: str = "auto"
+    """How chunks travel: over plain TCP where both offer it and it can be reached, else gRPC (auto); or one only."""
+    bulk_port: int = 0
+    """Where the plain TCP path listens; 0: any free port. Behind a firewall or a port mapping it must be let through
+    under this number; where it is not, chunks go over gRPC."""
+    tcp_patience_s: float = 1.0
+    """How long connecting to a TCP port may take: where a firewall drops what it does not let through, the first round
+    waits so long before it takes gRPC."""
+    tcp_again_s: float = 600.0
+    """... and how long until it is tried again."""
+    links: int = 0
+    """Connections between two members for one group's chunks; 0: one, or `links_far` over a long way."""
+    links_far: int = 4
+    """One connection does not fill a long line: a lost packet halves its rate for many round trips."""
+    far_s: float = 0.03
+    """The round trip from which on the way is long."""
+    linger_s: float = 15.0
+    """How long a transfer may last after its group is done, with one that does not read or does not end it."""
+    connections_of_one_max: int = 64
+    """TCP connections of one peer; further ones are refused. It needs one a group, or `links_far`."""
     redial_pause_s: float = 0.5
     """After an address could not be connected to, it is not tried again before; meanwhile dials to it fail at once."""
     dialable_again_s: float = 10.0
@@ -74,6 +97,47 @@ def dial(address: str, config: PeerConfig) -> grpc.aio.Channel:
         ("grpc.min_reconnect_backoff_ms", int(config.dial_timeout_s * 1000)),
     ]
     return grpc.aio.insecure_channel(address, options=[*_options(config), *ours])
+
+
+@dataclass
+class Warm:
+    """A channel and how many streams use it."""
+
+    channel: grpc.aio.Channel
+    users: int = 0
+    round_trip_s: float = 0.0
+    """What the last hello over it took; 0: none did."""
+
+
+class Channels:
+    """Channels to others, kept warm between rounds."""
+
+    def __init__(self, config: PeerConfig) -> None:
+        self._config = config
+        self._warm: OrderedDict[tuple[str, int], Warm] = OrderedDict()
+        """By address and number, the longest idle first."""
+
+    @asynccontextmanager
+    async def use(self, address: str, number: int = 0) -> AsyncIterator[Warm]:
+        """For as long as a stream uses it, and a while longer: whoever invents addresses must not fill our memory.
+        Channels of different numbers are different connections."""
+        key = address, number
+        warm = self._warm.get(key)
+        if warm is None:
+            warm = self._warm[key] = Warm(dial(address, self._config))
+        warm.users += 1
+        try:
+            yield warm
+        finally:
+            warm.users -= 1
+            self._warm.move_to_end(key)
+            idle = [name for name, one in self._warm.items() if not one.users]
+            for name in idle[: max(0, len(idle) - self._config.idle_channels_max)]:
+                await self._warm.pop(name).channel.close()
+
+    async def close(self) -> None:
+        for warm in self._warm.values():
+            await warm.channel.close()
 
 
 def new_server(config: PeerConfig) -> grpc.aio.Server:

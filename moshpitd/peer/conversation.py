@@ -16,6 +16,7 @@ Knows how each side proves who it is and what keeps a queue bounded. Does not kn
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
@@ -64,6 +65,49 @@ class Introduction:
         if len(theirs.nonce) != 32 or len(theirs.public_key) != 32:
             raise RemoteProtocolError("a hello without a proper key and nonce")
         return peer_id(theirs.public_key)
+
+
+async def greet(
+    introduction: Introduction,
+    purpose: str,
+    write: Callable[[peer_pb2.ConverseRequest], Awaitable[None]],
+    read: Callable[[], Awaitable[bytes]],
+    expected: PeerId,
+) -> peer_pb2.Hello:
+    """The dialler's half of the hello; returns the other's. `purpose` keeps what is signed for one kind of connection
+    from being used for another. Raises RemoteProtocolError, and what the transport raises."""
+    ours = introduction.hello(secrets.token_bytes(32))
+    await write(peer_pb2.ConverseRequest(hello=ours))
+    theirs = wire.frame_from(peer_pb2.ConverseResponse, await read()).hello
+    who = introduction.check(theirs)
+    if not proof_holds(theirs.signature, f"{purpose}dialled", theirs, ours, theirs):
+        raise RemoteProtocolError("its hello is not signed by its key")
+    if who != expected:
+        raise RemoteProtocolError(f"{short(who)} answers there")
+    proof = peer_pb2.Proof(signature=introduction.sign(f"{purpose}dialler", ours, theirs))
+    await write(peer_pb2.ConverseRequest(proof=proof))
+    return theirs
+
+
+async def answer_greeting(
+    introduction: Introduction,
+    purpose: str,
+    read: Callable[[], Awaitable[peer_pb2.ConverseRequest]],
+    write: Callable[[peer_pb2.ConverseResponse], Awaitable[object]],
+    admit: Callable[[PeerId], None],
+) -> tuple[PeerId, peer_pb2.Hello]:
+    """The dialled one's half: whoever proved that it is who it says. `admit` may refuse the name it gives, before
+    anything is signed. Raises RemoteProtocolError, and what the transport raises."""
+    dialler = (await read()).hello
+    who = introduction.check(dialler)
+    admit(who)
+    ours = introduction.hello(secrets.token_bytes(32))
+    ours.signature = introduction.sign(f"{purpose}dialled", dialler, ours)
+    await write(peer_pb2.ConverseResponse(hello=ours))
+    proof = (await read()).proof
+    if not proof_holds(proof.signature, f"{purpose}dialler", dialler, dialler, ours):
+        raise RemoteProtocolError("the proof is not signed by the hello's key")
+    return who, dialler
 
 
 def _signed(dialler: peer_pb2.Hello, dialled: peer_pb2.Hello) -> tuple[bytes, ...]:

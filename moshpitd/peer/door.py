@@ -1,8 +1,8 @@
-"""The door to other daemons: conversations for messages, transfers for chunks, over gRPC.
+"""The door to other daemons: conversations for messages here, transfers for chunks in transfers.py.
 
-Knows channels, hellos, streams and who dials whom. Does not know rounds: what arrives goes to the `Inbox`, which the
-driver implements, and what leaves is asked of it. A peer's nonsense (RemoteProtocolError) is caught here and ends the
-stream it came by, which costs that peer only.
+Knows who is dialled, who is let in and whether we can be dialled ourselves. Does not know rounds: what arrives goes to
+the `Inbox`, which the driver implements, and what leaves is asked of it. A peer's nonsense (RemoteProtocolError) is
+caught here and ends the stream it came by, which costs that peer only.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import errno
 import itertools
 import logging
 import secrets
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from functools import partial
 from typing import Protocol, cast
 
 import grpc
@@ -26,12 +25,15 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from moshpitd.averaging.all_reduce import Outgoing
 from moshpitd.averaging.errors import RemoteProtocolError
-from moshpitd.averaging.messages import Address, Chunk, Group, Member, Message
+from moshpitd.averaging.messages import Address, Chunk, Group, Message
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
-from moshpitd.identity import Identity, peer_id, verify
+from moshpitd.identity import Identity, peer_id
 from moshpitd.peer import channels, wire
 from moshpitd.peer.channels import PeerConfig
-from moshpitd.peer.conversation import Conversation, Frame, Introduction, proof_holds
+from moshpitd.peer.conversation import Conversation, Frame, Introduction, answer_greeting, greet
+from moshpitd.peer.links import frames_of
+from moshpitd.peer.tcp import TcpPath
+from moshpitd.peer.transfers import ChunkInbox, Transfers
 from moshpitd.peer.v1 import peer_pb2
 
 log = logging.getLogger("moshpitd.peer")
@@ -41,7 +43,7 @@ _CONVERSE = f"/{SERVICE}/Converse"
 _TRANSFER = f"/{SERVICE}/Transfer"
 
 
-class Inbox(Protocol):
+class Inbox(ChunkInbox, Protocol):
     """What the door hands inwards. Called on the event loop; must not block."""
 
     def message_received(self, session: Key, sender: PeerId, message: Message) -> None:
@@ -50,69 +52,27 @@ class Inbox(Protocol):
     def peer_lost(self, peer: PeerId, why: str) -> None:
         """No conversation with this peer is left, or none could be had."""
 
-    def chunk_received(self, session: Key, group_id: GroupId, sender: Rank, chunk: Chunk) -> None:
-        """May raise RemoteProtocolError."""
-
-    def next_outgoing(self, session: Key, group_id: GroupId, rank: Rank) -> Outgoing | None:
-        """Pull: the next chunk for this member."""
-
-    def stream_lost(self, session: Key, group_id: GroupId, rank: Rank, why: str) -> None:
-        """The transfer with this member broke before the group was closed."""
-
     def dialable_found(self, *, dialable: bool) -> None:
         """Another peer tried to dial us."""
-
-
-@dataclass
-class Streams:
-    """The transfers of one group."""
-
-    session: Key
-    group: Group
-    rank: Rank
-    bells: dict[Rank, asyncio.Event] = field(default_factory=dict)
-    closing: bool = False
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
-    served: set[Rank] = field(default_factory=set)
-    """Members whose transfer we serve: one each."""
-
-
-@dataclass(eq=False)
-class Stranger:
-    """A transfer that waits for its group."""
-
-    group_id: GroupId
-    may_go: asyncio.Event
-    """The group is here, or somebody newer needs the place."""
-
-
-@dataclass
-class Warm:
-    """A channel and how many streams use it."""
-
-    channel: grpc.aio.Channel
-    users: int = 0
 
 
 class PeerDoor:
     """Everything between this daemon and the others but the directory."""
 
-    def __init__(self, identity: Identity, swarm: bytes, config: PeerConfig) -> None:
+    def __init__(self, introduction: Introduction, config: PeerConfig, tcp: TcpPath | None) -> None:
         """Use `PeerDoor.open`."""
         self.port = 0
-        self._identity = identity
-        self._swarm = swarm
+        self._introduction = introduction
+        self._identity = introduction.identity
         self._config = config
         self._inbox: Inbox = _Nobody()
-        self._introduction = Introduction(identity, swarm)
         self._server = channels.new_server(config)
         self._health = HealthServicer()
-        self._channels: OrderedDict[str, Warm] = OrderedDict()
-        """By address, the longest idle first."""
+        self._channels = channels.Channels(config)
+        self._tcp = tcp
+        self._transfers = Transfers(introduction, config, self._channels, _TRANSFER, tcp)
         self._conversations: dict[PeerId, list[Conversation]] = {}
         self._dialling: dict[PeerId, list[tuple[Key, Message]]] = {}
-        self._streams: dict[GroupId, Streams] = {}
-        self._strangers: dict[Stranger, None] = {}
         self._greetings = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._announced = Address("")
@@ -121,27 +81,40 @@ class PeerDoor:
 
     @classmethod
     async def open(cls, host: str, port: int, *, identity: Identity, swarm_id: bytes, config: PeerConfig) -> PeerDoor:
-        """Take a TCP port (0: any free one, see `port`). Raises OSError, EADDRINUSE for a taken one."""
-        door = cls(identity, swarm_id, config)
+        """Take a TCP port (0: any free one, see `port`) and, unless chunks are to travel by gRPC only, another for them
+        (see `bulk_port`). Raises OSError, EADDRINUSE for a taken one."""
+        introduction = Introduction(identity, swarm_id)
+        tcp = None
+        if config.transport != "grpc":
+            tcp = TcpPath.open(host, config.bulk_port, introduction=introduction, config=config)
+        door = cls(introduction, config, tcp)
         handlers: dict[str, grpc.RpcMethodHandler[bytes, peer_pb2.ConverseResponse]] = {
             "Converse": grpc.stream_stream_rpc_method_handler(
                 door._serve_conversation, response_serializer=peer_pb2.ConverseResponse.SerializeToString
             ),
-            "Transfer": grpc.stream_stream_rpc_method_handler(door._serve_transfer),
+            "Transfer": grpc.stream_stream_rpc_method_handler(door._transfers.serve_call),
         }
         door._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
         add_HealthServicer_to_server(door._health, door._server)
         try:
             door.port = channels.listen(door._server, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:
+            await door._transfers.close(0.0)
             raise OSError(errno.EADDRNOTAVAIL, str(error)) from error
         if door.port == 0:
+            await door._transfers.close(0.0)
             raise OSError(errno.EADDRINUSE, "the port is taken")
         return door
+
+    @property
+    def bulk_port(self) -> int:
+        """Where the plain TCP path for chunks listens; 0: it is not offered."""
+        return self._tcp.port if self._tcp is not None else 0
 
     async def serve(self, inbox: Inbox) -> None:
         """Begin to answer; what arrives goes to the inbox."""
         self._inbox = inbox
+        self._transfers.serve(inbox)
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
 
@@ -152,18 +125,30 @@ class PeerDoor:
     async def close(self, grace_s: float = 1.0) -> None:
         """Say what is queued, end every stream, stop listening."""
         self._closing = True
-        for group_id in list(self._streams):
-            self.close_streams(group_id)
         for conversation in [c for several in self._conversations.values() for c in several]:
             conversation.end()
+        await self._transfers.close(grace_s)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=grace_s)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.stop(grace_s)
-        for warm in self._channels.values():
-            await warm.channel.close()
+        await self._channels.close()
+
+    # ---- chunks
+
+    def open_streams(self, session: Key, group: Group, rank: Rank) -> None:
+        """Connect with every member we exchange chunks with."""
+        self._transfers.open_streams(session, group, rank)
+
+    def close_streams(self, group_id: GroupId) -> None:
+        """The group is done: transfers end once what is on its way has been written."""
+        self._transfers.close_streams(group_id)
+
+    def ring(self, group_id: GroupId, rank: Rank) -> None:
+        """A pull for this member would succeed."""
+        self._transfers.ring(group_id, rank)
 
     # ---- messages
 
@@ -222,11 +207,22 @@ class PeerDoor:
 
     async def _converse(self, peer: PeerId, address: str) -> str:
         """Dial, prove, converse to the end; returns why it ended."""
-        async with self._channel(address) as channel:
-            call = _converse(channel)
+        loop = asyncio.get_running_loop()
+        async with self._channels.use(address) as warm:
+            call = _converse(warm.channel)
+
+            async def read() -> bytes:
+                answer = await call.read()
+                warm.round_trip_s = loop.time() - began
+                if not isinstance(answer, bytes):
+                    raise RemoteProtocolError(f"no hello from {address}: {await call.details()}")
+                return answer
+
             try:
                 async with asyncio.timeout(self._config.dial_timeout_s):
-                    theirs = await self._hello(call, peer, address)
+                    await call.wait_for_connection()
+                    began = loop.time()
+                    theirs = await greet(self._introduction, "", call.write, read, peer)
                 conversation = self._conversation(peer, theirs, dialled_by_us=True, address=address)
                 self._enter(conversation)
                 try:
@@ -255,53 +251,26 @@ class PeerDoor:
             address=address,
         )
 
-    async def _hello(
-        self,
-        call: _ConverseCall,
-        peer: PeerId | None,
-        address: str,
-    ) -> peer_pb2.Hello:
-        """The dialler's half of the hello; returns the other's."""
-        ours = self._introduction.hello(secrets.token_bytes(32))
-        await call.write(peer_pb2.ConverseRequest(hello=ours))
-        answer = await call.read()
-        if not isinstance(answer, bytes):
-            raise RemoteProtocolError(f"no hello from {address}: {await call.details()}")
-        theirs = wire.frame_from(peer_pb2.ConverseResponse, answer).hello
-        who = self._introduction.check(theirs)
-        if not proof_holds(theirs.signature, "dialled", theirs, ours, theirs):
-            raise RemoteProtocolError("its hello is not signed by its key")
-        if peer is not None and who != peer:
-            raise RemoteProtocolError(f"{short(who)} answers there")
-        await call.write(
-            peer_pb2.ConverseRequest(proof=peer_pb2.Proof(signature=self._introduction.sign("dialler", ours, theirs)))
-        )
-        return theirs
-
     async def _serve_conversation(
         self,
         requests: AsyncIterator[bytes],
         context: grpc.aio.ServicerContext[bytes, peer_pb2.ConverseResponse],
     ) -> None:
         incoming = (wire.frame_from(peer_pb2.ConverseRequest, raw) async for raw in requests)
+
+        def admit(who: PeerId) -> None:
+            if sum(map(len, self._conversations.values())) >= self._config.conversations_max:
+                raise RemoteProtocolError("too many conversations here")
+            if len(self._conversations.get(who, ())) >= self._config.conversations_of_one_max:
+                raise RemoteProtocolError("too many conversations of yours here")
+
         self._greetings += 1
         try:
             async with asyncio.timeout(self._config.dial_timeout_s):
                 if self._greetings > self._config.greetings_max:
                     raise RemoteProtocolError("too many callers here that have not said who they are")
-                first = await anext(incoming)
-                dialler = first.hello
-                who = self._introduction.check(dialler)
-                if sum(map(len, self._conversations.values())) >= self._config.conversations_max:
-                    raise RemoteProtocolError("too many conversations here")
-                if len(self._conversations.get(who, ())) >= self._config.conversations_of_one_max:
-                    raise RemoteProtocolError("too many conversations of yours here")
-                ours = self._introduction.hello(secrets.token_bytes(32))
-                ours.signature = self._introduction.sign("dialled", dialler, ours)
-                await context.write(peer_pb2.ConverseResponse(hello=ours))
-                second = await anext(incoming)
-            if not proof_holds(second.proof.signature, "dialler", dialler, dialler, ours):
-                raise RemoteProtocolError("the proof is not signed by the hello's key")
+                read = partial(anext, incoming)
+                who, dialler = await answer_greeting(self._introduction, "", read, context.write, admit)
         except (RemoteProtocolError, StopAsyncIteration, TimeoutError) as wrong:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(wrong) or "no hello")
         finally:
@@ -398,178 +367,6 @@ class PeerDoor:
         with suppress(RemoteProtocolError):  # it does not read: its next message ends the conversation
             conversation.answer_dial_back(address, reachable=reachable)
 
-    # ---- chunks
-
-    def open_streams(self, session: Key, group: Group, rank: Rank) -> None:
-        """Connect with every member we exchange chunks with. Of two the lower rank dials, unless it must be dialled."""
-        streams = Streams(session, group, rank)
-        self._streams[group.group_id] = streams
-        for other, member in enumerate(group.members):
-            if other == rank:
-                continue
-            streams.bells[Rank(other)] = asyncio.Event()
-            if self._dials(group.members[rank], rank, member, Rank(other)):
-                task = self._spawn(self._dial_transfer(streams, Rank(other), member))
-                streams.tasks.append(task)
-        for stranger in self._strangers:
-            if stranger.group_id == group.group_id:
-                stranger.may_go.set()
-
-    def close_streams(self, group_id: GroupId) -> None:
-        """The group is done: transfers end once what is on its way has been written."""
-        streams = self._streams.pop(group_id, None)
-        if streams is not None:
-            streams.closing = True
-            for bell in streams.bells.values():
-                bell.set()
-
-    def ring(self, group_id: GroupId, rank: Rank) -> None:
-        """A pull for this member would succeed."""
-        streams = self._streams.get(group_id)
-        if streams is not None and rank in streams.bells:
-            streams.bells[rank].set()
-
-    @staticmethod
-    def _dials(us: Member, our_rank: Rank, them: Member, their_rank: Rank) -> bool:
-        if us.dialable and them.dialable:
-            return our_rank < their_rank
-        return them.dialable  # two that nobody can dial have nothing to exchange: neither holds a span
-
-    async def _dial_transfer(self, streams: Streams, rank: Rank, member: Member) -> None:
-        group = streams.group
-        signature = self._identity.sign("transfer", self._swarm, group.group_id, group.token, member.peer.encode())
-        first = peer_pb2.TransferRequest(
-            open=peer_pb2.TransferOpen(
-                group_id=group.group_id,
-                rank=streams.rank,
-                public_key=self._identity.public_key,
-                signature=signature,
-                session=streams.session,
-            )
-        )
-        async with self._channel(member.address) as channel:
-            call = _transfer(channel)
-            try:
-                await call.write(first.SerializeToString())
-                reader = asyncio.create_task(self._read_chunks(streams, rank, _frames(call)))
-                writer = asyncio.create_task(self._write_chunks(streams, rank, call.write, call.done_writing))
-                await self._both(reader, writer)
-            except grpc.aio.AioRpcError as error:
-                self._broken(streams, rank, f"its stream broke ({error.code().name.lower()})")
-            except (RemoteProtocolError, asyncio.InvalidStateError) as wrong:
-                self._broken(streams, rank, str(wrong))
-            finally:
-                call.cancel()
-
-    async def _serve_transfer(
-        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> None:
-        incoming = requests.__aiter__()
-        try:
-            async with asyncio.timeout(self._config.dial_timeout_s):
-                first = wire.frame_from(peer_pb2.TransferRequest, await anext(incoming)).open
-            streams, rank = await self._admit_transfer(first)
-        except (RemoteProtocolError, StopAsyncIteration, TimeoutError) as wrong:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(wrong) or "no opening")
-        streams.served.add(rank)
-        reader = asyncio.create_task(self._read_chunks(streams, rank, incoming))
-        writer = asyncio.create_task(self._write_chunks(streams, rank, context.write, None))
-        try:
-            await self._both(reader, writer)
-        except RemoteProtocolError as wrong:
-            self._broken(streams, rank, str(wrong))
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(wrong))
-        except asyncio.CancelledError:
-            self._broken(streams, rank, "its stream broke")
-            raise
-
-    @staticmethod
-    async def _both(reader: asyncio.Task[None], writer: asyncio.Task[None]) -> None:
-        """Until both ended well, or one failed."""
-        try:
-            await asyncio.wait([reader, writer], return_when=asyncio.FIRST_EXCEPTION)
-            for task in (reader, writer):
-                if task.done():
-                    task.result()
-        finally:
-            for task in (reader, writer):
-                task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
-
-    async def _admit_transfer(self, opening: peer_pb2.TransferOpen) -> tuple[Streams, Rank]:
-        """Who opens which group. The opening may come before the Begin of that group: wait for it, bounded."""
-        group_id = GroupId(opening.group_id)
-        if len(group_id) != 16:
-            raise RemoteProtocolError("a transfer of no group")
-        streams = self._streams.get(group_id) or await self._await_group(group_id)
-        group = streams.group
-        if opening.rank >= len(group.members) or opening.rank == streams.rank:
-            raise RemoteProtocolError("a transfer of an impossible rank")
-        if group.members[opening.rank].peer != peer_id(opening.public_key):
-            raise RemoteProtocolError("a transfer in another member's name")
-        signed = (self._swarm, group.group_id, group.token, self._identity.peer_id.encode())
-        if not verify(opening.public_key, opening.signature, "transfer", *signed):
-            raise RemoteProtocolError("a transfer that is not signed")
-        if opening.rank in streams.served:
-            raise RemoteProtocolError("a second transfer of the same two")
-        return streams, Rank(opening.rank)
-
-    async def _await_group(self, group_id: GroupId) -> Streams:
-        if len(self._strangers) >= self._config.strangers_max:
-            for oldest in [stranger for stranger in self._strangers if not stranger.may_go.is_set()][:1]:
-                oldest.may_go.set()
-        stranger = Stranger(group_id, asyncio.Event())
-        self._strangers[stranger] = None
-        with suppress(TimeoutError):
-            try:
-                async with asyncio.timeout(self._config.stranger_patience_s):
-                    await stranger.may_go.wait()
-            finally:
-                del self._strangers[stranger]
-        streams = self._streams.get(group_id)
-        if streams is None:
-            raise RemoteProtocolError("no such group here")
-        return streams
-
-    async def _read_chunks(self, streams: Streams, rank: Rank, frames: AsyncIterator[bytes]) -> None:
-        async for frame in frames:
-            chunk = wire.chunk_from(frame)
-            self._inbox.chunk_received(streams.session, streams.group.group_id, rank, chunk)
-
-    async def _write_chunks(self, streams: Streams, rank: Rank, write: _Write, done: _Done | None) -> None:
-        bell = streams.bells[rank]
-        while not streams.closing:
-            outgoing = self._inbox.next_outgoing(streams.session, streams.group.group_id, rank)
-            if outgoing is None:
-                await bell.wait()
-                bell.clear()
-                continue
-            await write(wire.chunk_frame(outgoing.chunk, outgoing.encode()))
-        if done is not None:
-            await done()
-
-    def _broken(self, streams: Streams, rank: Rank, why: str) -> None:
-        if not streams.closing and not self._closing:
-            self._inbox.stream_lost(streams.session, streams.group.group_id, rank, why)
-
-    # ---- small things
-
-    @asynccontextmanager
-    async def _channel(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
-        """For as long as a stream uses it, and a while longer: whoever invents addresses must not fill our memory."""
-        warm = self._channels.get(address)
-        if warm is None:
-            warm = self._channels[address] = Warm(channels.dial(address, self._config))
-        warm.users += 1
-        try:
-            yield warm.channel
-        finally:
-            warm.users -= 1
-            self._channels.move_to_end(address)
-            idle = [name for name, one in self._channels.items() if not one.users]
-            for name in idle[: max(0, len(idle) - self._config.idle_channels_max)]:
-                await self._channels.pop(name).channel.close()
-
     def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -592,6 +389,9 @@ class _Nobody:
     def next_outgoing(self, session: Key, group_id: GroupId, rank: Rank) -> Outgoing | None:
         return None
 
+    def stream_opened(self, session: Key, group_id: GroupId, rank: Rank, transport: str) -> None:
+        pass
+
     def stream_lost(self, session: Key, group_id: GroupId, rank: Rank, why: str) -> None:
         pass
 
@@ -600,7 +400,6 @@ class _Nobody:
 
 
 _ConverseCall = grpc.aio.StreamStreamCall[peer_pb2.ConverseRequest, bytes]
-_TransferCall = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
 def _converse(channel: grpc.aio.Channel) -> _ConverseCall:
@@ -610,28 +409,5 @@ def _converse(channel: grpc.aio.Channel) -> _ConverseCall:
 
 
 async def _responses(call: _ConverseCall) -> AsyncIterator[Frame]:
-    async for raw in _frames(call):
+    async for raw in frames_of(call):
         yield wire.frame_from(peer_pb2.ConverseResponse, raw)
-
-
-def _transfer(channel: grpc.aio.Channel) -> _TransferCall:
-    """Frames travel as bytes: they are written and read by hand (wire.py)."""
-    return cast(_TransferCall, channel.stream_stream(_TRANSFER)())
-
-
-class _Write(Protocol):
-    async def __call__(self, frame: bytes, /) -> None: ...
-
-
-class _Done(Protocol):
-    async def __call__(self) -> None: ...
-
-
-async def _frames(call: _ConverseCall | _TransferCall) -> AsyncIterator[bytes]:
-    """What the other side sends, to its clean end; an unclean one raises AioRpcError."""
-    while (frame := await call.read()) is not grpc.aio.EOF:
-        yield cast(bytes, frame)
-    if await call.code() is not grpc.StatusCode.OK:
-        raise grpc.aio.AioRpcError(
-            await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-        )

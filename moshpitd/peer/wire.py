@@ -215,8 +215,9 @@ _PAYLOAD_TAG = b"\x7a"
 _CHUNK_TAG = b"\x12"
 
 
-def chunk_frame(header: Chunk, payload: bytes | memoryview) -> bytes:
-    """A TransferRequest or TransferResponse with this chunk: both have it in field 2."""
+def chunk_frame(header: Chunk, payload: bytes | memoryview) -> tuple[bytes, bytes | memoryview]:
+    """A TransferRequest or TransferResponse with this chunk (both have it in field 2): its head and its payload, which
+    follow each other. What copies, copies; what need not, sends them one after the other."""
     head = peer_pb2.Chunk(
         index=header.index,
         view=header.view,
@@ -227,10 +228,10 @@ def chunk_frame(header: Chunk, payload: bytes | memoryview) -> bytes:
     ).SerializeToString()
     if payload:
         head += _PAYLOAD_TAG + _varint(len(payload))
-    return b"".join((_CHUNK_TAG, _varint(len(head) + len(payload)), head, payload))
+    return _CHUNK_TAG + _varint(len(head) + len(payload)) + head, payload
 
 
-def chunk_from(frame: bytes) -> Chunk:
+def chunk_from(frame: bytes | memoryview) -> Chunk:
     """The chunk of a frame; its payload is a view of the frame. Raises RemoteProtocolError."""
     view = memoryview(frame)
     try:

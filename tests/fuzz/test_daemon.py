@@ -259,7 +259,7 @@ async def _flood_of_too_large_messages(stranger: Stranger) -> None:
     async with stranger.channel() as channel:
         for size in (5 << 20, 64 << 20):
             await stranger.says(channel, [peer_pb2.ConverseRequest().SerializeToString() + bytes(size)])
-            frame = wire.chunk_frame(Chunk(0, 0, b"", is_average=False), bytes(size))
+            frame = b"".join(wire.chunk_frame(Chunk(0, 0, b"", is_average=False), bytes(size)))
             await stranger.transfers(channel, [frame])
 
 

@@ -3,114 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
 
-from moshpitd.averaging.all_reduce import Outgoing
-from moshpitd.averaging.errors import RemoteProtocolError
-from moshpitd.averaging.messages import Address, Chunk, Farewell, Group, Heartbeat, Member, Message, PlanWanted
-from moshpitd.averaging.names import GroupId, Key, PeerId, Rank
+from moshpitd.averaging.messages import Address, Farewell, Heartbeat, PlanWanted
 from moshpitd.identity import Identity
 from moshpitd.peer import wire
-from moshpitd.peer.channels import PeerConfig
 from moshpitd.peer.conversation import Introduction
-from moshpitd.peer.door import SERVICE, PeerDoor
+from moshpitd.peer.door import SERVICE
 from moshpitd.peer.v1 import peer_pb2, peer_pb2_grpc
-
-DEADLINE_S = 20.0
-SWARM = b"w" * 32
-SESSION = Key(b"s" * 20)
-GROUP_ID = GroupId(b"g" * 16)
-CONFIG = PeerConfig(dial_timeout_s=1.0, stranger_patience_s=1.0)
-
-
-@dataclass
-class Told:
-    """An inbox that keeps what it is told, and refuses what it was told to refuse."""
-
-    messages: list[tuple[PeerId, Message]] = field(default_factory=list)
-    lost: list[tuple[PeerId, str]] = field(default_factory=list)
-    chunks: list[tuple[Rank, int, bytes]] = field(default_factory=list)
-    streams_lost: list[tuple[Rank, str]] = field(default_factory=list)
-    dialable: list[bool] = field(default_factory=list)
-    outgoing: dict[Rank, list[Outgoing]] = field(default_factory=dict)
-    refuses: type[Message] | None = None
-
-    def message_received(self, session: Key, sender: PeerId, message: Message) -> None:
-        assert session == SESSION
-        if self.refuses is not None and isinstance(message, self.refuses):
-            raise RemoteProtocolError("nonsense")
-        self.messages.append((sender, message))
-
-    def peer_lost(self, peer: PeerId, why: str) -> None:
-        self.lost.append((peer, why))
-
-    def chunk_received(self, session: Key, group_id: GroupId, sender: Rank, chunk: Chunk) -> None:
-        assert (session, group_id) == (SESSION, GROUP_ID)
-        self.chunks.append((sender, chunk.index, bytes(chunk.payload)))
-
-    def next_outgoing(self, session: Key, group_id: GroupId, rank: Rank) -> Outgoing | None:
-        return self.outgoing[rank].pop(0) if self.outgoing.get(rank) else None
-
-    def stream_lost(self, session: Key, group_id: GroupId, rank: Rank, why: str) -> None:
-        self.streams_lost.append((rank, why))
-
-    def dialable_found(self, *, dialable: bool) -> None:
-        self.dialable.append(dialable)
-
-
-@dataclass
-class House:
-    """A daemon as far as this door goes."""
-
-    identity: Identity
-    door: PeerDoor
-    told: Told
-
-    @property
-    def id(self) -> PeerId:
-        return self.identity.peer_id
-
-    @property
-    def address(self) -> Address:
-        return Address(f"127.0.0.1:{self.door.port}")
-
-    def say(self, to: House, message: Message, at: str | None = None) -> None:
-        self.door.send(SESSION, to.id, to.address if at is None else at, message)
-
-
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[Callable[..., object]]:
-    doors: list[PeerDoor] = []
-
-    async def open_(swarm: bytes = SWARM, config: PeerConfig = CONFIG) -> House:
-        identity = Identity.open(tmp_path / str(len(doors)))
-        door = await PeerDoor.open("127.0.0.1", 0, identity=identity, swarm_id=swarm, config=config)
-        doors.append(door)
-        told = Told()
-        await door.serve(told)
-        return House(identity, door, told)
-
-    yield open_
-    for door in doors:
-        await door.close(0.2)
-
-
-Houses = Callable[..., "asyncio.Future[House]"]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - it looks at several inboxes
-            await asyncio.sleep(0.005)
+from tests.peer.houses import DEADLINE_S, GROUP_ID, SESSION, SWARM, House, Houses, Told, until
 
 
 async def test_a_message_arrives_with_the_sender_that_its_channel_proved(house: Houses) -> None:
@@ -381,138 +289,3 @@ async def test_an_answerer_that_cannot_sign_for_its_key_is_not_believed(house: H
         assert "not signed by its key" in ours.told.lost[0][1]
     finally:
         await server.stop(None)
-
-
-# ---- transfers
-
-
-def group_of(*houses: House) -> Group:
-    members = tuple(
-        Member(each.id, each.identity.incarnation, rank, 1.0, each.address, True) for rank, each in enumerate(houses)
-    )
-    n = len(members)
-    return Group(
-        GROUP_ID, b"t" * 16, Key(b"k" * 20), 0, 0, 0, members[0].peer, members, (0,) * n + (8,), 4096, 9.0, (), ()
-    )
-
-
-def chunk(index: int, payload: bytes) -> Outgoing:
-    return Outgoing(Chunk(index, 0, b"", is_average=False), lambda: payload)
-
-
-async def test_chunks_travel_both_ways_whoever_dialled(house: Houses) -> None:
-    ours, theirs = await house(), await house()
-    group = group_of(ours, theirs)
-    ours.told.outgoing[Rank(1)] = [chunk(index, bytes([index]) * 1_000_000) for index in range(5)]
-    theirs.told.outgoing[Rank(0)] = [chunk(9, b"")]
-    ours.door.open_streams(SESSION, group, Rank(0))  # ours comes first and has to wait for theirs
-    theirs.door.open_streams(SESSION, group, Rank(1))
-    await until(lambda: len(theirs.told.chunks) == 5 and ours.told.chunks)
-    assert [(rank, index) for rank, index, _ in theirs.told.chunks] == [(0, index) for index in range(5)]
-    assert all(payload == bytes([index]) * 1_000_000 for _, index, payload in theirs.told.chunks)
-    assert ours.told.chunks == [(1, 9, b"")]
-    theirs.told.outgoing[Rank(0)] = [chunk(10, b"later")]
-    theirs.door.ring(GROUP_ID, Rank(0))
-    await until(lambda: len(ours.told.chunks) == 2)
-    for each in (ours, theirs):
-        each.door.close_streams(GROUP_ID)
-    assert ours.told.streams_lost == theirs.told.streams_lost == []
-
-
-@asynccontextmanager
-async def transfer(at: House, opening: bytes) -> AsyncIterator[grpc.aio.StreamStreamCall[bytes, bytes]]:
-    async with grpc.aio.insecure_channel(at.address) as channel:
-        call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(
-            "/moshpitd.peer.v1.PeerService/Transfer"
-        )()
-        try:
-            await call.write(opening)
-            yield call
-        finally:
-            call.cancel()
-
-
-def opening_of(group: Group, signer: Identity, at: House, **change: object) -> bytes:
-    honest = peer_pb2.TransferOpen(
-        group_id=group.group_id,
-        rank=0,
-        public_key=signer.public_key,
-        signature=signer.sign("transfer", SWARM, group.group_id, group.token, at.id.encode()),
-        session=SESSION,
-    )
-    for name, value in change.items():
-        setattr(honest, name, value)
-    return peer_pb2.TransferRequest(open=honest).SerializeToString()
-
-
-async def ended(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> str:
-    async with asyncio.timeout(DEADLINE_S):
-        with suppress(grpc.aio.AioRpcError):
-            while isinstance(await call.read(), bytes):
-                pass
-        return str(await call.details())
-
-
-async def test_an_honest_opening_by_hand_is_welcome(house: Houses) -> None:
-    ours, member = await house(), await house()
-    group = group_of(member, ours)
-    ours.told.outgoing[Rank(0)] = [chunk(3, b"abc")]
-    ours.door.open_streams(SESSION, group, Rank(1))
-    async with transfer(ours, opening_of(group, member.identity, ours)) as call, asyncio.timeout(DEADLINE_S):
-        read = await call.read()
-        assert isinstance(read, bytes) and bytes(wire.chunk_from(read).payload) == b"abc"
-
-
-@pytest.mark.parametrize(
-    ("forge", "complaint"),
-    [
-        (lambda g, member, liar, at: opening_of(g, liar, at), "another member's name"),
-        (lambda g, member, liar, at: opening_of(g, liar, at, public_key=member.public_key), "not signed"),
-        (lambda g, member, liar, at: opening_of(g, member, at, signature=b""), "not signed"),
-        (
-            lambda g, member, liar, at: opening_of(dataclasses.replace(g, token=b"?" * 16), member, at),
-            "not signed",
-        ),
-        (lambda g, member, liar, at: opening_of(g, member, at, rank=1), "impossible rank"),
-        (lambda g, member, liar, at: opening_of(g, member, at, rank=2), "impossible rank"),
-        (lambda g, member, liar, at: opening_of(g, member, at, group_id=b"short"), "no group"),
-        (lambda g, member, liar, at: opening_of(g, member, at, group_id=b"?" * 16), "no such group"),
-        (lambda g, member, liar, at: b"\x00garbage", ""),
-        (lambda g, member, liar, at: b"", ""),
-    ],
-    ids=["name", "key", "unsigned", "token", "our rank", "rank", "id", "unknown", "garbage", "empty"],
-)
-async def test_a_transfer_is_refused_to_whoever_is_not_that_member(
-    house: Houses, tmp_path: Path, forge: Callable[[Group, Identity, Identity, House], bytes], complaint: str
-) -> None:
-    ours, member = await house(), await house()
-    liar = Identity.open(tmp_path / "liar")
-    group = group_of(member, ours)
-    ours.told.outgoing[Rank(0)] = [chunk(3, b"secret")]
-    ours.door.open_streams(SESSION, group, Rank(1))
-    async with transfer(ours, forge(group, member.identity, liar, ours)) as call:
-        assert complaint in await ended(call)
-    assert len(ours.told.outgoing[Rank(0)]) == 1 and ours.told.chunks == []
-
-
-async def test_a_transfer_that_is_never_opened_is_not_kept(house: Houses) -> None:
-    ours = await house()
-    async with grpc.aio.insecure_channel(ours.address) as channel:
-        call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(
-            "/moshpitd.peer.v1.PeerService/Transfer"
-        )()
-        try:
-            assert await ended(call)
-        finally:
-            call.cancel()
-
-
-async def test_garbage_instead_of_chunks_costs_its_sender_the_stream(house: Houses) -> None:
-    ours, member = await house(), await house()
-    group = group_of(member, ours)
-    ours.door.open_streams(SESSION, group, Rank(1))
-    async with transfer(ours, opening_of(group, member.identity, ours)) as call:
-        await call.write(b"\x12\x03abc")
-        assert "chunk" in await ended(call)
-    await until(lambda: ours.told.streams_lost)
-    assert ours.told.streams_lost[0][0] == 0

@@ -170,7 +170,7 @@ def test_a_frame_made_by_hand_is_the_generated_codes(
 ) -> None:
     chunk = Chunk(**{**header, "contributors": tuple(header["contributors"])}, payload=b"")
     generated = frame(chunk=peer_pb2.Chunk(payload=payload, **header))
-    made = wire.chunk_frame(chunk, payload)
+    made = b"".join(wire.chunk_frame(chunk, payload))
     assert frame.FromString(made) == generated
     assert made == generated.SerializeToString(deterministic=True)
     read = wire.chunk_from(generated.SerializeToString())
@@ -207,7 +207,7 @@ def test_a_damaged_frame_is_refused_or_read_never_a_crash(
         b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",
         b"\x12\x04\x7a\x01x\x08",
         b"\x12\x02\x0d\x00",
-        wire.chunk_frame(Chunk(0, 1 << 20, b"", is_average=False), b""),
+        b"".join(wire.chunk_frame(Chunk(0, 1 << 20, b"", is_average=False), b"")),
         peer_pb2.TransferRequest(
             chunk=peer_pb2.Chunk(contributors=[0] * (wire.HEAD_BYTES_MAX + 1))
         ).SerializeToString(),

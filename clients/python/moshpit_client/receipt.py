@@ -38,6 +38,8 @@ class Member(Record):
     weight: float
     """What it carried into the round."""
     coordinate: int
+    transport: str = ""
+    """Over what chunks travelled between it and this peer: grpc or tcp; empty for this peer itself."""
     """On the round's axis."""
 
 
@@ -143,7 +145,9 @@ def _round(message: pb.Round) -> Round:
         rank=message.rank,
         codec=message.codec,
         transport=message.transport,
-        members=tuple(Member(member.peer, member.weight, member.coordinate) for member in message.members),
+        members=tuple(
+            Member(member.peer, member.weight, member.coordinate, member.transport) for member in message.members
+        ),
         spans=tuple(Span(span.reducer, span.start, span.stop, tuple(span.contributors)) for span in message.spans),
         dropped=tuple(Dropped(dropped.peer, dropped.why) for dropped in message.dropped),
         why=message.why,

@@ -772,22 +772,26 @@ class Member(_message.Message):
     PEER_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     COORDINATE_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     """Its id."""
     weight: _builtins.float
     """The weight it carried into the round."""
     coordinate: _builtins.int
     """Its coordinate on the round's axis."""
+    transport: _builtins.str
+    """Over what chunks travelled between it and this peer: grpc or tcp; empty for this peer itself."""
     def __init__(
         self,
         *,
         peer: _builtins.str = ...,
         weight: _builtins.float = ...,
         coordinate: _builtins.int = ...,
+        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinate", b"coordinate", "peer", b"peer", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinate", b"coordinate", "peer", b"peer", "transport", b"transport", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -404,6 +404,7 @@ class Member(_message.Message):
     DIALABLE_FIELD_NUMBER: _builtins.int
     UP_BYTES_S_FIELD_NUMBER: _builtins.int
     DOWN_BYTES_S_FIELD_NUMBER: _builtins.int
+    BULK_PORT_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     """Its id."""
     incarnation: _builtins.int
@@ -420,6 +421,8 @@ class Member(_message.Message):
     """Measured upload rate in bytes a second; 0 when not known."""
     down_bytes_s: _builtins.float
     """Measured download rate in bytes a second; 0 when not known."""
+    bulk_port: _builtins.int
+    """TCP port of its plain path for chunks, at the address's host; 0 where it offers none."""
     def __init__(
         self,
         *,
@@ -431,10 +434,11 @@ class Member(_message.Message):
         dialable: _builtins.bool = ...,
         up_bytes_s: _builtins.float = ...,
         down_bytes_s: _builtins.float = ...,
+        bulk_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "peer", b"peer", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bulk_port", b"bulk_port", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "peer", b"peer", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1423,6 +1427,7 @@ class TransferOpen(_message.Message):
     PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     group_id: _builtins.bytes
     """Of the group."""
     rank: _builtins.int
@@ -1430,9 +1435,11 @@ class TransferOpen(_message.Message):
     public_key: _builtins.bytes
     """The dialler's raw public key: its hash must be that member's id."""
     signature: _builtins.bytes
-    """Over the swarm, the group's id and token, and the receiver's id."""
+    """Over the swarm, the group's id and token, the receiver's id and the link's number."""
     session: _builtins.bytes
     """The session's key."""
+    link: _builtins.int
+    """Over a long way two members use several links for one group; they are counted from 0."""
     def __init__(
         self,
         *,
@@ -1441,10 +1448,11 @@ class TransferOpen(_message.Message):
         public_key: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
         session: _builtins.bytes = ...,
+        link: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "public_key", b"public_key", "rank", b"rank", "session", b"session", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "link", b"link", "public_key", b"public_key", "rank", b"rank", "session", b"session", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1518,6 +1526,7 @@ class Lease(_message.Message):
     UP_BYTES_S_FIELD_NUMBER: _builtins.int
     DOWN_BYTES_S_FIELD_NUMBER: _builtins.int
     OPEN_S_FIELD_NUMBER: _builtins.int
+    BULK_PORT_FIELD_NUMBER: _builtins.int
     terms: _builtins.bytes
     """Digest of the terms."""
     address: _builtins.str
@@ -1544,6 +1553,8 @@ class Lease(_message.Message):
     """Measured download rate in bytes a second."""
     open_s: _builtins.float
     """How long the session has been open."""
+    bulk_port: _builtins.int
+    """TCP port of its plain path for chunks, at the address's host; 0 where it offers none."""
     @_builtins.property
     def claim(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """A joiner's cell under the plan in force."""
@@ -1565,10 +1576,11 @@ class Lease(_message.Message):
         up_bytes_s: _builtins.float = ...,
         down_bytes_s: _builtins.float = ...,
         open_s: _builtins.float = ...,
+        bulk_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "claim", b"claim", "claim_k", b"claim_k", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "group_size_max", b"group_size_max", "k", b"k", "last_k", b"last_k", "open_s", b"open_s", "pin", b"pin", "plan", b"plan", "plan_version", b"plan_version", "terms", b"terms", "up_bytes_s", b"up_bytes_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bulk_port", b"bulk_port", "claim", b"claim", "claim_k", b"claim_k", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "group_size_max", b"group_size_max", "k", b"k", "last_k", b"last_k", "open_s", b"open_s", "pin", b"pin", "plan", b"plan", "plan_version", b"plan_version", "terms", b"terms", "up_bytes_s", b"up_bytes_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

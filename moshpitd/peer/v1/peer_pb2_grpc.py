@@ -60,7 +60,9 @@ class PeerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Transfer(self, request_iterator, context):
-        """The chunks of one group between two members, both ways: first `open`, then chunks.
+        """The chunks of one group between two members, both ways: first `open`, then chunks. Where both offer it they may use
+        plain TCP instead: after the hello, signed hello and proof of a conversation, signed for that purpose, the same
+        messages, each after its length in four bytes (big-endian); length 0 ends a transfer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

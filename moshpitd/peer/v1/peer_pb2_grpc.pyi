@@ -46,7 +46,10 @@ class PeerServiceStub:
     other is gone.
     """
     Transfer: _grpc.StreamStreamMultiCallable[_peer_pb2.TransferRequest, _peer_pb2.TransferResponse]
-    """The chunks of one group between two members, both ways: first `open`, then chunks."""
+    """The chunks of one group between two members, both ways: first `open`, then chunks. Where both offer it they may use
+    plain TCP instead: after the hello, signed hello and proof of a conversation, signed for that purpose, the same
+    messages, each after its length in four bytes (big-endian); length 0 ends a transfer.
+    """
 
 @_typing.type_check_only
 class PeerServiceAsyncStub(PeerServiceStub):
@@ -58,7 +61,10 @@ class PeerServiceAsyncStub(PeerServiceStub):
     other is gone.
     """
     Transfer: _aio.StreamStreamMultiCallable[_peer_pb2.TransferRequest, _peer_pb2.TransferResponse]  # type: ignore[assignment]
-    """The chunks of one group between two members, both ways: first `open`, then chunks."""
+    """The chunks of one group between two members, both ways: first `open`, then chunks. Where both offer it they may use
+    plain TCP instead: after the hello, signed hello and proof of a conversation, signed for that purpose, the same
+    messages, each after its length in four bytes (big-endian); length 0 ends a transfer.
+    """
 
 class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
     """What one daemon offers another."""
@@ -79,6 +85,9 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_peer_pb2.TransferRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_peer_pb2.TransferResponse], _abc.AsyncIterator[_peer_pb2.TransferResponse]]:
-        """The chunks of one group between two members, both ways: first `open`, then chunks."""
+        """The chunks of one group between two members, both ways: first `open`, then chunks. Where both offer it they may use
+        plain TCP instead: after the hello, signed hello and proof of a conversation, signed for that purpose, the same
+        messages, each after its length in four bytes (big-endian); length 0 ends a transfer.
+        """
 
 def add_PeerServiceServicer_to_server(servicer: PeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
