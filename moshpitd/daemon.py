@@ -78,6 +78,7 @@ class Daemon:
     announce_at: Endpoint
     directory: Directory
     driver: Driver
+    bulk_port: int = 0
     version: str = moshpitd.__version__
     pid: int = field(default_factory=os.getpid)
     started_at: float = field(default_factory=time.monotonic)
@@ -223,12 +224,13 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
             directory=directory,
             peer_door=peer_door,
             announce=str(announce_at),
+            announce_bulk_port=peer_door.bulk_port and (config.bulk_announce or peer_door.bulk_port),
             session_config=session_config,
             config=config.room("driver", DriverConfig),
         )
         stack.push_async_callback(driver.close)
         await peer_door.serve(driver)
-        daemon = Daemon(identity, config, listen_at, announce_at, directory, driver)
+        daemon = Daemon(identity, config, listen_at, announce_at, directory, driver, peer_door.bulk_port)
         local = await LocalServer.open(config.socket, driver, daemon, local_config)
         stack.push_async_callback(local.close, CLOSE_GRACE_S)
         if config.http is not None:

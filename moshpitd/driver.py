@@ -129,6 +129,7 @@ class Driver:
         directory: Directory,
         peer_door: PeerDoor,
         announce: str,
+        announce_bulk_port: int = 0,
         session_config: SessionConfig,
         config: DriverConfig | None = None,
         rng: random.Random | None = None,
@@ -140,7 +141,7 @@ class Driver:
         self._session_config = session_config
         self._rng = rng or random.Random(random.SystemRandom().getrandbits(128))
         self._here = Whereabouts(
-            swarm_id, identity.peer_id, identity.incarnation, Address(announce), True, peer_door.bulk_port
+            swarm_id, identity.peer_id, identity.incarnation, Address(announce), True, announce_bulk_port
         )
         self._credentials = SigningCredentials(identity, swarm_id)
         self._pool = ThreadPoolExecutor(self._config.threads, thread_name_prefix="moshpitd-compute")

@@ -28,6 +28,7 @@ def status(message: pb.GetStatusResponse) -> Json:
         "listen": message.listen,
         "announce": message.announce,
         "dialable": message.dialable if message.HasField("dialable") else None,
+        "bulk_port": message.bulk_port,
         "peers": message.peers,
         "sessions": [
             {

@@ -24,7 +24,8 @@ def status(message: pb.GetStatusResponse) -> None:
     facts.add_row("state", f"[{colour}]{state}[/]{reason}")
     facts.add_row("swarm", f"{escape(message.swarm)}, {_count(message.peers, 'other peer')}")
     facts.add_row("peer id", message.peer_id)
-    facts.add_row("listens", f"{message.listen}, announced as {message.announce or 'nothing'}")
+    bulk = f"; chunks over plain TCP at port {message.bulk_port}" if message.bulk_port else "; chunks over gRPC only"
+    facts.add_row("listens", f"{message.listen}, announced as {message.announce or 'nothing'}{bulk}")
     facts.add_row("dialable", dialable if message.HasField("dialable") else "not known yet")
     facts.add_row("process", f"{message.pid}, version {message.version}, up {duration(message.uptime_seconds)}")
     console = Console()

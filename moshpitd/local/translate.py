@@ -107,6 +107,11 @@ class DaemonInfo(Protocol):
         ...
 
     @property
+    def bulk_port(self) -> int:
+        """TCP port of the plain path for chunks; 0 where it is not offered."""
+        ...
+
+    @property
     def config_values(self) -> Sequence[ConfigLine]:
         """Every setting, in the order of the documentation."""
         ...
@@ -234,6 +239,7 @@ def status_message(
         uptime_seconds=info.uptime_s,
         draining=draining,
         dialable=info.dialable,
+        bulk_port=info.bulk_port,
     )
 
 

@@ -52,6 +52,7 @@ class ScriptedInfo:
     pid: int = field(default_factory=os.getpid)
     uptime_s: float = 1.5
     dialable: bool | None = None
+    bulk_port: int = 7601
     config_values: tuple[Setting, ...] = (Setting("swarm", "test", "flag"), Setting("grid", "auto", "default"))
 
 

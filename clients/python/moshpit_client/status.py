@@ -43,6 +43,8 @@ class Status(Record):
     swarm: str
     listen: str
     announce: str
+    bulk_port: int
+    """Of the plain TCP path for chunks; 0 where it is not offered."""
     peers: int
     """Other daemons known to be alive."""
     sessions: tuple[SessionStatus, ...]
@@ -86,6 +88,7 @@ def read_status(message: pb.GetStatusResponse) -> Status:
         swarm=message.swarm,
         listen=message.listen,
         announce=message.announce,
+        bulk_port=message.bulk_port,
         peers=message.peers,
         sessions=tuple(map(_session, message.sessions)),
         waiting_for=message.waiting_for,

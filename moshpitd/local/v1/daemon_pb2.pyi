@@ -895,6 +895,7 @@ class GetStatusResponse(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     DIALABLE_FIELD_NUMBER: _builtins.int
+    BULK_PORT_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """True once it is part of its swarm and takes rounds."""
     peer_id: _builtins.str
@@ -919,6 +920,8 @@ class GetStatusResponse(_message.Message):
     """True while it refuses new rounds and finishes the running ones."""
     dialable: _builtins.bool
     """True when other peers can dial it; unset while unknown."""
+    bulk_port: _builtins.int
+    """TCP port of its plain path for chunks, beside the address it listens at; 0 where it offers none."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionStatus]:
         """Its sessions."""
@@ -939,10 +942,11 @@ class GetStatusResponse(_message.Message):
         uptime_seconds: _builtins.float = ...,
         draining: _builtins.bool = ...,
         dialable: _builtins.bool | None = ...,
+        bulk_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "dialable", b"dialable"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "announce", b"announce", "dialable", b"dialable", "draining", b"draining", "listen", b"listen", "peer_id", b"peer_id", "peers", b"peers", "pid", b"pid", "ready", b"ready", "sessions", b"sessions", "swarm", b"swarm", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "announce", b"announce", "bulk_port", b"bulk_port", "dialable", b"dialable", "draining", b"draining", "listen", b"listen", "peer_id", b"peer_id", "peers", b"peers", "pid", b"pid", "ready", b"ready", "sessions", b"sessions", "swarm", b"swarm", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dialable: _TypeAlias = _typing.Literal["dialable"]  # noqa: Y015
     _WhichOneofArgType__dialable: _TypeAlias = _typing.Literal["_dialable", b"_dialable"]  # noqa: Y015
