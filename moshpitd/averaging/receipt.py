@@ -29,8 +29,14 @@ class MemberLine:
     peer: PeerId
     weight: float
     coordinate: int = 0
-    transport: str = ""
-    """Over what chunks travelled between it and us; empty for ourselves, and while none did."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLine:
+    """Over what chunks travelled between another member and us: grpc or tcp."""
+
+    peer: PeerId
+    transport: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ class RoundReceipt:
     transport: str
     """Over what chunks travelled: grpc, tcp, or both joined by a plus."""
     members: tuple[MemberLine, ...]
+    links: tuple[LinkLine, ...]
     spans: tuple[SpanLine, ...]
     dropped: tuple[DroppedLine, ...]
     why: str

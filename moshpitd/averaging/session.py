@@ -81,7 +81,7 @@ from moshpitd.averaging.messages import (
     View,
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
-from moshpitd.averaging.receipt import DroppedLine, MemberLine, Outcome, Receipt, RoundReceipt
+from moshpitd.averaging.receipt import DroppedLine, LinkLine, MemberLine, Outcome, Receipt, RoundReceipt
 from moshpitd.averaging.vector import Layout, Vector
 
 NAME_DEFAULT = "default"
@@ -1308,9 +1308,9 @@ class Session:
             rank=reduction.rank,
             codec=self.options.codec,
             transport="+".join(sorted(set(reduction.transports.values()))),
-            members=tuple(
-                MemberLine(m.peer, m.weight, m.coordinate, reduction.transports.get(Rank(rank), ""))
-                for rank, m in enumerate(group.members)
+            members=tuple(MemberLine(m.peer, m.weight, m.coordinate) for m in group.members),
+            links=tuple(
+                LinkLine(group.members[other].peer, name) for other, name in sorted(reduction.transports.items())
             ),
             spans=reduction.span_lines() if committed else (),
             dropped=tuple(dropped),
@@ -1338,6 +1338,7 @@ class Session:
             codec=self.options.codec,
             transport="",
             members=(MemberLine(me, current.weight, matchmaking.round.cell[current.axis]),),
+            links=(),
             spans=(),
             dropped=(),
             why=why,

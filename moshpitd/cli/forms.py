@@ -103,12 +103,7 @@ def _round(message: pb.Round) -> Json:
         "codec": message.codec,
         "transport": message.transport,
         "members": [
-            {
-                "peer": member.peer,
-                "weight": member.weight,
-                "coordinate": member.coordinate,
-                "transport": member.transport,
-            }
+            {"peer": member.peer, "weight": member.weight, "coordinate": member.coordinate}
             for member in message.members
         ],
         "spans": [
@@ -120,6 +115,7 @@ def _round(message: pb.Round) -> Json:
             }
             for span in message.spans
         ],
+        "links": [{"peer": link.peer, "transport": link.transport} for link in message.links],
         "dropped": [{"peer": dropped.peer, "why": dropped.why} for dropped in message.dropped],
         "weight_after": message.weight_after,
         "seconds": _seconds(message.seconds),

@@ -188,10 +188,8 @@ def _round_message(round_: RoundReceipt) -> pb.Round:
         rank=round_.rank,
         codec=round_.codec,
         transport=round_.transport,
-        members=[
-            pb.Member(peer=line.peer, weight=line.weight, coordinate=line.coordinate, transport=line.transport)
-            for line in round_.members
-        ],
+        members=[pb.Member(peer=line.peer, weight=line.weight, coordinate=line.coordinate) for line in round_.members],
+        links=[pb.Link(peer=line.peer, transport=line.transport) for line in round_.links],
         spans=[
             pb.Span(reducer=line.reducer, start=line.start, stop=line.stop, contributors=line.contributors)
             for line in round_.spans

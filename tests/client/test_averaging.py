@@ -105,9 +105,10 @@ def test_the_receipt_is_the_contracts_json(daemon: Daemon) -> None:
                 "codec": "float32",
                 "transport": "grpc",
                 "members": [
-                    {"peer": "1" * 64, "weight": 2.0, "coordinate": 0, "transport": ""},
-                    {"peer": "2" * 64, "weight": 2.0, "coordinate": 1, "transport": ""},
+                    {"peer": "1" * 64, "weight": 2.0, "coordinate": 0},
+                    {"peer": "2" * 64, "weight": 2.0, "coordinate": 1},
                 ],
+                "links": [{"peer": "2" * 64, "transport": "grpc"}],
                 "spans": [{"reducer": "1" * 64, "start": 0, "stop": 3, "contributors": ["1" * 64, "2" * 64]}],
                 "dropped": [{"peer": "3" * 64, "why": "its stream broke"}],
                 "why": "one was dropped",

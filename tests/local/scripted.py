@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from moshpitd.averaging.errors import NoGroup, Precondition
 from moshpitd.averaging.names import PeerId
-from moshpitd.averaging.receipt import DroppedLine, MemberLine, Outcome, Receipt, RoundReceipt, SpanLine
+from moshpitd.averaging.receipt import DroppedLine, LinkLine, MemberLine, Outcome, Receipt, RoundReceipt, SpanLine
 from moshpitd.averaging.session import Call, SessionOptions, SessionStatus
 from moshpitd.averaging.vector import Vector
 from moshpitd.driver import Averaged, PeerLine, ProgressNote, SessionLine
@@ -70,6 +70,7 @@ def receipt(outcome: Outcome, vector: Vector, weight: float) -> Receipt:
         codec="float32",
         transport="grpc",
         members=(MemberLine(ME, weight), MemberLine(OTHER, 2.0, 1)),
+        links=(LinkLine(OTHER, "grpc"),),
         spans=(SpanLine(ME, 0, vector.layout.elements, (ME, OTHER)),),
         dropped=(DroppedLine(LOST, "its stream broke"),),
         why="one was dropped",

@@ -38,9 +38,16 @@ class Member(Record):
     weight: float
     """What it carried into the round."""
     coordinate: int
-    transport: str = ""
-    """Over what chunks travelled between it and this peer: grpc or tcp; empty for this peer itself."""
     """On the round's axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link(Record):
+    """Over what chunks travelled between another member and this peer."""
+
+    peer: str
+    transport: str
+    """grpc or tcp"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,9 @@ class Round(Record):
     rank: int
     codec: str
     transport: str
+    """grpc, tcp, or both joined by a plus"""
     members: tuple[Member, ...]
+    links: tuple[Link, ...]
     spans: tuple[Span, ...]
     dropped: tuple[Dropped, ...]
     why: str
@@ -145,9 +154,8 @@ def _round(message: pb.Round) -> Round:
         rank=message.rank,
         codec=message.codec,
         transport=message.transport,
-        members=tuple(
-            Member(member.peer, member.weight, member.coordinate, member.transport) for member in message.members
-        ),
+        members=tuple(Member(member.peer, member.weight, member.coordinate) for member in message.members),
+        links=tuple(Link(link.peer, link.transport) for link in message.links),
         spans=tuple(Span(span.reducer, span.start, span.stop, tuple(span.contributors)) for span in message.spans),
         dropped=tuple(Dropped(dropped.peer, dropped.why) for dropped in message.dropped),
         why=message.why,

@@ -693,6 +693,7 @@ class Round(_message.Message):
     WEIGHT_AFTER_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Its number within the averaging, from 0."""
     axis: _builtins.int
@@ -710,7 +711,7 @@ class Round(_message.Message):
     codec: _builtins.str
     """How values travelled."""
     transport: _builtins.str
-    """By which way: "grpc"."""
+    """By which ways: "grpc", "tcp", or both joined by a plus."""
     why: _builtins.str
     """Why the round was not complete, in words."""
     weight_after: _builtins.float
@@ -735,6 +736,10 @@ class Round(_message.Message):
     def bytes(self) -> Global___Traffic:
         """What travelled."""
 
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
+        """Over what chunks travelled between each other member and this peer."""
+
     def __init__(
         self,
         *,
@@ -754,14 +759,41 @@ class Round(_message.Message):
         weight_after: _builtins.float = ...,
         seconds: Global___Seconds | None = ...,
         bytes: Global___Traffic | None = ...,
+        links: _abc.Iterable[Global___Link] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "bytes", b"bytes", "codec", b"codec", "digest", b"digest", "dropped", b"dropped", "group_id", b"group_id", "leader", b"leader", "members", b"members", "outcome", b"outcome", "rank", b"rank", "round", b"round", "seconds", b"seconds", "spans", b"spans", "transport", b"transport", "weight_after", b"weight_after", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "bytes", b"bytes", "codec", b"codec", "digest", b"digest", "dropped", b"dropped", "group_id", b"group_id", "leader", b"leader", "links", b"links", "members", b"members", "outcome", b"outcome", "rank", b"rank", "round", b"round", "seconds", b"seconds", "spans", b"spans", "transport", b"transport", "weight_after", b"weight_after", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Round: _TypeAlias = Round  # noqa: Y015
+
+@_typing.final
+class Link(_message.Message):
+    """The way of chunks between another member and this peer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """The other's id."""
+    transport: _builtins.str
+    """"grpc" or "tcp"."""
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        transport: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Link: _TypeAlias = Link  # noqa: Y015
 
 @_typing.final
 class Member(_message.Message):
@@ -772,26 +804,22 @@ class Member(_message.Message):
     PEER_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     COORDINATE_FIELD_NUMBER: _builtins.int
-    TRANSPORT_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     """Its id."""
     weight: _builtins.float
     """The weight it carried into the round."""
     coordinate: _builtins.int
     """Its coordinate on the round's axis."""
-    transport: _builtins.str
-    """Over what chunks travelled between it and this peer: grpc or tcp; empty for this peer itself."""
     def __init__(
         self,
         *,
         peer: _builtins.str = ...,
         weight: _builtins.float = ...,
         coordinate: _builtins.int = ...,
-        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinate", b"coordinate", "peer", b"peer", "transport", b"transport", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinate", b"coordinate", "peer", b"peer", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,7 @@ def round_of(
         codec="float32",
         transport="grpc",
         members=tuple(Member(peer, weights[peer], place) for place, peer in enumerate(peers)),
+        links=(),
         spans=(Span(peers[0], 0, half, peers), Span(peers[1], half, ELEMENTS, present)),
         dropped=tuple(Dropped(peer, "died") for peer in peers if peer not in present),
         why="" if whole else "somebody died",
