@@ -24,7 +24,6 @@ a later view re-serves exactly those values.
 from __future__ import annotations
 
 import math
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from functools import partial
 from typing import assert_never
 
 import numpy as np
+from xxhash import xxh3_64_digest
 
 from moshpitd.averaging.codecs import Codec
 from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
@@ -951,8 +951,8 @@ def decode_average(piece: Piece, payload: bytes | memoryview, codec: Codec | Non
 
 
 def checksums(values: Floats) -> bytes:
-    """A CRC-32 for each ALIGNMENT elements. Chunks start at multiples of it, so however a vector is cut into chunks,
+    """An XXH3-64 for each ALIGNMENT elements. Chunks start at multiples of it, so however a vector is cut into chunks,
     equal values give equal checksums: groups of different sizes can be compared."""
     raw = values.view(np.uint8).data
     step = ALIGNMENT * values.dtype.itemsize
-    return b"".join(zlib.crc32(raw[at : at + step]).to_bytes(4, "big") for at in range(0, len(raw), step))
+    return b"".join(xxh3_64_digest(raw[at : at + step]) for at in range(0, len(raw), step))
