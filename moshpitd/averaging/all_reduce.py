@@ -34,7 +34,7 @@ from typing import assert_never
 import numpy as np
 from xxhash import xxh3_64_digest
 
-from moshpitd.averaging.codecs import Codec
+from moshpitd.averaging.codecs import Codec, Coding
 from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.messages import Chunk, Group, Heartbeat, Holdings, Ready, ReductionMessage, Suspect, View
@@ -338,8 +338,9 @@ class AllReduce:
     def _outgoing_contribution(self, index: int) -> Outgoing:
         piece = self._pieces[index]
         values = self._values.elements(piece.start, piece.stop)
-        self.bytes_sent += self._codec.encoded_bytes(values.dtype, len(values))
-        return Outgoing(Chunk(index, self._view, b"", is_average=False), partial(self._codec.encode, values))
+        coding = self._codec.contribution
+        self.bytes_sent += coding.encoded_bytes(values.dtype, len(values))
+        return Outgoing(Chunk(index, self._view, b"", is_average=False), partial(coding.encode, values))
 
     def _outgoing_average(self, index: int) -> Outgoing:
         piece = self._pieces[index]
@@ -369,7 +370,8 @@ class AllReduce:
         piece = self._pieces[chunk.index]
         if chunk.is_average and chunk.decoded:
             return piece.byte_size
-        return self._codec.encoded_bytes(DTYPES[piece.dtype], piece.stop - piece.start)
+        coding = self._codec.average if chunk.is_average else self._codec.contribution
+        return coding.encoded_bytes(DTYPES[piece.dtype], piece.stop - piece.start)
 
     def _contribution_received(self, chunk: Chunk, sender: Rank) -> None:
         index = chunk.index
@@ -445,7 +447,7 @@ class AllReduce:
             decode_average,
             piece,
             chunk.payload,
-            None if chunk.decoded else self._codec,
+            None if chunk.decoded else self._codec.average,
             self._result.elements(piece.start, piece.stop),
         )
         self._compute(index, job, piece.byte_size, partial(self._decoded, chunk, sender, self._view))
@@ -902,7 +904,7 @@ def reduce_chunk(
     decoded: list[Floats] = []
     for position, (_, _, code) in enumerate(contributions):
         try:
-            decoded.append(own if code is None else codec.decode(code, dtype, elements))
+            decoded.append(own if code is None else codec.contribution.decode(code, dtype, elements))
         except RemoteProtocolError as wrong:
             return Spoilt(position, str(wrong))
     total: Floats | None = None
@@ -918,28 +920,30 @@ def reduce_chunk(
             total = cell if total is None else np.add(total, cell, out=total)
             cell = None
     assert total is not None
+    np.divide(total, wide(math.fsum(weight for _, weight, _ in contributions)), out=total)
     # Weights are positive, so what is not finite anywhere is not finite in the sum: one look for all.
-    if first_non_finite(total) is not None:
+    is_finite = first_non_finite(total) is None
+    if not is_finite:
         for position, values in enumerate(decoded):
             bad = first_non_finite(values)
             if bad is not None and contributions[position][2] is not None:
                 return Spoilt(position, f"sent {values[bad]} for element {piece.start + bad}")
-    np.divide(total, wide(math.fsum(weight for _, weight, _ in contributions)), out=total)
     with np.errstate(over="ignore"):
         average = total if total.dtype == dtype else total.astype(dtype)
-    code = codec.encode(average)
-    output[:] = codec.decode(code, dtype, elements)
+    code = codec.average.encode(average)
+    # If not, our own values are to blame: there may be no code for that, and the others refuse what there is.
+    output[:] = codec.average.decode(code, dtype, elements) if is_finite else average
     return Reduced(code, checksums(output))
 
 
-def decode_average(piece: Piece, payload: bytes | memoryview, codec: Codec | None, output: Floats) -> bytes | str:
-    """Write an average to `output`; the checksum of the values, or why it is refused. `codec` None: sent decoded."""
+def decode_average(piece: Piece, payload: bytes | memoryview, coding: Coding | None, output: Floats) -> bytes | str:
+    """Write an average to `output`; the checksum of the values, or why it is refused. `coding` None: sent decoded."""
     elements = piece.stop - piece.start
-    if codec is None and len(payload) != output.nbytes:
+    if coding is None and len(payload) != output.nbytes:
         return f"served chunk {piece.index} with {len(payload)} bytes instead of {output.nbytes}"
     try:
         values = (
-            np.frombuffer(payload, output.dtype) if codec is None else codec.decode(payload, output.dtype, elements)
+            np.frombuffer(payload, output.dtype) if coding is None else coding.decode(payload, output.dtype, elements)
         )
     except RemoteProtocolError as wrong:
         return str(wrong)

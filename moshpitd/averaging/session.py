@@ -278,7 +278,8 @@ class Session:
         now: float,
     ) -> None:
         options.check()
-        self.options = options
+        self._codec = codec_named(options.codec)
+        self.options = options = replace(options, codec=self._codec.name)  # terms are compared as text
         self.terms = Terms(options.layout.digest, options.rounds, options.codec)
         self.key = session_key(here.swarm, options.name)
         self.state = State.IDLE
@@ -286,7 +287,6 @@ class Session:
         self._config = config
         self._here = here
         self._rng = rng
-        self._codec = codec_named(options.codec)
         self._members = Membership(
             here.peer,
             self.terms,
