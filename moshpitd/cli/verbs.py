@@ -404,6 +404,26 @@ def simulate(ctx: click.Context, **flags: Unpack[SimulationFlags]) -> None:
         simulation.show(report, options, _replay(ctx, report.seed), as_json=flags["as_json"])
 
 
+@main.group()
+def bench() -> None:
+    """What this machine can do. Asks no daemon."""
+
+
+@bench.command()
+@click.option("--codec", "names", metavar="NAME", multiple=True, help="This one; repeatable.  [a choice of all]")
+@click.option("--file", metavar="IN.safetensors", type=click.Path(path_type=Path), help="Your tensors' error, too.")
+@json_flag
+def codecs(*, names: tuple[str, ...], file: Path | None, as_json: bool) -> None:
+    """Each codec's speed on one core, its bits an element and its error. Takes some seconds."""
+    from moshpitd.cli import codec_bench
+
+    found = codec_bench.run(names, file)
+    if as_json:
+        _print_json(codec_bench.form(found))
+    else:
+        codec_bench.show(found)
+
+
 def _replay(ctx: click.Context, seed: int) -> str:
     """The command that runs this seed again, alone."""
     words = ["moshpitd", "simulate"]
