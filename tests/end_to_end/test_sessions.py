@@ -68,9 +68,12 @@ def test_wide_values_keep_their_precision_beside_narrow_ones(four: list[Peer]) -
         assert abs(there[0].tensors["w"][0] - (1 + 1.5e-12)) < 1e-15
 
 
-@pytest.mark.parametrize(("codec", "precision"), [("float16", 2**-10), ("bfloat16", 2**-7)])
-def test_a_narrow_codec_costs_precision_and_half_the_bytes_but_never_equality(
-    four: list[Peer], codec: str, precision: float
+@pytest.mark.parametrize(
+    ("codec", "precision", "bits"),
+    [("float16", 2**-10, 16), ("bfloat16", 2**-7, 16), ("flash8", 0.05, 8.25), ("flash4-8", 0.5, (4.25 + 8.25) / 2)],
+)
+def test_a_narrow_codec_costs_precision_and_saves_bytes_but_never_costs_equality(
+    four: list[Peer], codec: str, precision: float, bits: float
 ) -> None:
     def tensors(index: int) -> dict[str, Array]:
         return {"w": np.random.default_rng(index).standard_normal(200_000).astype(np.float32)}
@@ -83,7 +86,7 @@ def test_a_narrow_codec_costs_precision_and_half_the_bytes_but_never_equality(
     assert {receipt.digest for receipt in receipts} == {receipts[0].digest}
     assert receipts[0].rounds[0].codec == codec
     whole = 200_000 * 4 * 2 * 3 / 4  # a contribution to each other and an average from each, a quarter each
-    assert receipts[0].bytes.received == pytest.approx(whole / 2, rel=0.05)
+    assert receipts[0].bytes.received == pytest.approx(whole * bits / 32, rel=0.05)
 
 
 def test_epochs_given_are_the_count_and_the_past_is_refused(four: list[Peer]) -> None:

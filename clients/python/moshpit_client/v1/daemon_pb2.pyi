@@ -167,7 +167,9 @@ class OpenSessionRequest(_message.Message):
     rounds: _builtins.int
     """Rounds an averaging; 0 means auto: as many as the grid has axes, which gives the exact mean."""
     codec: _builtins.str
-    """How values travel between peers: "float32" (default: lossless for every type), "float16", "bfloat16"."""
+    """How values travel between peers: "float32" (default: lossless for every type), "float16", "bfloat16", or block-wise
+    integers "flash<bits>[-<all-gather bits>][:<group>][+spikes]" with 2 to 8 bits and groups of 128 (default) or 32.
+    """
     min_peers: _builtins.int
     """Begin an averaging only when this many live sessions of the same layout are there, this one included.
     0 and 1 mean no such wait.
