@@ -35,6 +35,7 @@ import numpy as np
 from xxhash import xxh3_64_digest
 
 from moshpitd.averaging.codecs import Codec, Coding
+from moshpitd.averaging.compressors.stages import Operation
 from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.messages import Chunk, Group, Heartbeat, Holdings, Ready, ReductionMessage, Suspect, View
@@ -91,8 +92,13 @@ class AllReduce:
         config: AllReduceConfig,
         now: float,
         deadline: float = math.inf,
+        operation: Operation = Operation.MEAN,
+        unsent: Vector | None = None,
     ) -> None:
-        """`deadline`: when our own caller's time is up; the group's budget may end a message's way later."""
+        """`deadline`: when our own caller's time is up; the group's budget may end a message's way later. `operation`:
+        what is made of the contributions; in sums everybody counts, whatever it weighs. `unsent`: zeros, where what a
+        lossy codec leaves out is written: of what we contribute to others, and of the averages we make, these times
+        the group's weight by ours, so that we alone can make up for them."""
         self.group = group
         self.rank = rank
         self.state = State.EXCHANGING
@@ -109,7 +115,10 @@ class AllReduce:
         self._effects: list[Effect] = []
 
         n = len(group.members)
-        self._weights = scaled_weights([member.weight for member in group.members])
+        self._operation = operation
+        self._unsent = unsent
+        is_mean = operation is Operation.MEAN
+        self._weights = scaled_weights([member.weight for member in group.members]) if is_mean else (1.0,) * n
         self._contributors = tuple(Rank(r) for r in range(n) if self._weights[r] > 0)
         self._pieces = pieces_of(values.layout, group.spans, group.chunk_bytes)
         self._view = 0
@@ -340,7 +349,10 @@ class AllReduce:
         values = self._values.elements(piece.start, piece.stop)
         coding = self._codec.contribution
         self.bytes_sent += coding.encoded_bytes(values.dtype, len(values))
-        return Outgoing(Chunk(index, self._view, b"", is_average=False), partial(coding.encode, values))
+        encode = partial(coding.encode, values)
+        if self._unsent is not None:
+            encode = partial(encode_noting_loss, coding, values, self._unsent.elements(piece.start, piece.stop))
+        return Outgoing(Chunk(index, self._view, b"", is_average=False), encode)
 
     def _outgoing_average(self, index: int) -> Outgoing:
         piece = self._pieces[index]
@@ -407,6 +419,9 @@ class AllReduce:
             self._values.elements(piece.start, piece.stop),
             self._result.elements(piece.start, piece.stop),
             self._codec,
+            self._operation,
+            self._unsent.elements(piece.start, piece.stop) if self._unsent and self._weights[self.rank] > 0 else None,
+            self._weights[self.rank],
         )
         self._compute(index, job, piece.byte_size * len(present), partial(self._reduced, index, present, self._view))
 
@@ -891,12 +906,17 @@ def reduce_chunk(
     own: Floats,
     output: Floats,
     codec: Codec,
+    operation: Operation = Operation.MEAN,
+    left_out: Floats | None = None,
+    own_weight: float = 0.0,
 ) -> Reduced | Spoilt:
-    """The weighted mean of the contributions, written decoded to `output`.
+    """The weighted mean of the contributions (or their sum), written decoded to `output`.
 
     `contributions`: (coordinate, scaled weight, code or None for one's own), by rank. Those that share a coordinate are
     added up first: the cell they stand for then weighs the same bits whether one or two hold it. float64 is reduced in
-    float64, everything else in float32.
+    float64, everything else in float32. In a sum all weights are 1; of cells, the first present of each coordinate
+    counts, for the others hold the same. What the code lacks is written to `left_out`, times the sum of the weights by
+    `own_weight`.
     """
     dtype = DTYPES[piece.dtype]
     wide = np.float64 if dtype == np.float64 else np.float32
@@ -913,14 +933,16 @@ def reduce_chunk(
     for position, (coordinate, weight, _) in enumerate(contributions):
         if cell is None:
             cell = np.multiply(decoded[position], wide(weight), out=None if total is None else scratch, dtype=wide)
-        else:
+        elif operation is not Operation.SUM_OF_CELLS:
             cell += np.multiply(decoded[position], wide(weight), dtype=wide)
         is_last_of_cell = position + 1 == len(contributions) or contributions[position + 1][0] != coordinate
         if is_last_of_cell:
             total = cell if total is None else np.add(total, cell, out=total)
             cell = None
     assert total is not None
-    np.divide(total, wide(math.fsum(weight for _, weight, _ in contributions)), out=total)
+    weights = math.fsum(weight for _, weight, _ in contributions)
+    if operation is Operation.MEAN:
+        np.divide(total, wide(weights), out=total)
     # Weights are positive, so what is not finite anywhere is not finite in the sum: one look for all.
     is_finite = first_non_finite(total) is None
     if not is_finite:
@@ -933,7 +955,17 @@ def reduce_chunk(
     code = codec.average.encode(average)
     # If not, our own values are to blame: there may be no code for that, and the others refuse what there is.
     output[:] = codec.average.decode(code, dtype, elements) if is_finite else average
+    if left_out is not None:
+        lacking = np.subtract(average, output, dtype=wide)
+        np.multiply(lacking, wide(weights / own_weight), out=left_out, casting="same_kind")
     return Reduced(code, checksums(output))
+
+
+def encode_noting_loss(coding: Coding, values: Floats, left_out: Floats) -> bytes | memoryview:
+    """The code of a contribution; what its decoding lacks is written to `left_out`."""
+    code = coding.encode(values)
+    np.subtract(values, coding.decode(code, values.dtype, len(values)), out=left_out)
+    return code
 
 
 def decode_average(piece: Piece, payload: bytes | memoryview, coding: Coding | None, output: Floats) -> bytes | str:
