@@ -98,7 +98,7 @@ class Grid:
                 if rank == piece.reducer:
                     contributions.append((coordinates[rank], scaled[rank], None))
                     continue
-                code = encode_noting_loss(codec, own, left_out[rank].elements(here.start, here.stop))
+                code = encode_noting_loss(codec.contribution, own, left_out[rank].elements(here.start, here.stop))
                 contributions.append((coordinates[rank], scaled[rank], bytes(code)))
                 sent += len(code)
             own = values[piece.reducer].elements(here.start, here.stop)
@@ -109,7 +109,9 @@ class Grid:
             for rank, result in enumerate(results):
                 if rank != piece.reducer:
                     sent += len(reduced.code)
-                    checksum = decode_average(piece, reduced.code, codec, result.elements(here.start, here.stop))
+                    checksum = decode_average(
+                        piece, reduced.code, codec.average, result.elements(here.start, here.stop)
+                    )
                     assert checksum == reduced.checksum
         self.bytes_by_stage[stage] = self.bytes_by_stage.get(stage, 0) + sent
         return results
