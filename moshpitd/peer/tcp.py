@@ -316,6 +316,8 @@ class TcpPath:
             return wire.frame_from(peer_pb2.ConverseRequest, await _greeting(connection))
 
         def admit(who: PeerId) -> None:
+            if sum(self._served.values()) >= self._config.conversations_max:
+                raise RemoteProtocolError("too many connections here")
             if self._served.get(who, 0) >= self._config.connections_of_one_max:
                 raise RemoteProtocolError("too many connections of yours here")
 
