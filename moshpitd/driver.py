@@ -43,6 +43,7 @@ from moshpitd.averaging.errors import (
     SessionNotFound,
     Unavailable,
 )
+from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.messages import Address, Chunk, Message, Record, Sighting
 from moshpitd.averaging.names import GroupId, Key, PeerId, Rank, short
 from moshpitd.averaging.receipt import Receipt
@@ -153,6 +154,8 @@ class Driver:
         self._draining = False
         self._opened = 0
         self._ended = 0
+        self.link = LinkRates()
+        """What the rounds of all sessions showed of this machine's line."""
         self.dialable: bool | None = None
         """Whether another peer could dial us; None while nobody tried."""
         self._dialable_known = asyncio.Event()
@@ -177,7 +180,14 @@ class Driver:
         loop = asyncio.get_running_loop()
         last_k = self._last_k.get((options.name, options.layout.digest), -1)
         machine = Session(
-            options, self._session_config, self._here, self._credentials, self._rng, last_k=last_k, now=loop.time()
+            options,
+            self._session_config,
+            self._here,
+            self._credentials,
+            self._rng,
+            self.link,
+            last_k=last_k,
+            now=loop.time(),
         )
         self._opened += 1
         running = Running(f"{options.name}-{self._opened}", machine, self)

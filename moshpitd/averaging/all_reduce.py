@@ -38,6 +38,7 @@ from moshpitd.averaging.codecs import Codec, Coding
 from moshpitd.averaging.compressors.stages import Operation
 from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
+from moshpitd.averaging.link import Arrival, Measure, Transfers
 from moshpitd.averaging.messages import Chunk, Group, Heartbeat, Holdings, Ready, ReductionMessage, Suspect, View
 from moshpitd.averaging.names import Rank, digest, short
 from moshpitd.averaging.partition import ALIGNMENT, Piece, pieces_of
@@ -157,6 +158,8 @@ class AllReduce:
         self._early: list[tuple[Rank, ReductionMessage | Chunk]] = []
         """Of a view we have not heard of yet."""
         self._digest = b""
+        owed = sum(piece.reducer == rank for piece in self._pieces)
+        self._transfers = Transfers([owed if r in self._contributors else 0 for r in range(n)], now)
 
         self._deadline = min(now + group.budget_s, deadline)
         self._next_beat = now + config.heartbeat_s
@@ -235,6 +238,23 @@ class AllReduce:
     def dropped_lines(self) -> tuple[DroppedLine, ...]:
         return tuple(DroppedLine(self.group.members[rank].peer, why) for rank, why in sorted(self._dropped.items()))
 
+    def link_measures(self, now: float) -> tuple[Measure | None, Measure | None]:
+        """What this round showed of our own line, (up, down); to be asked when it has committed."""
+        members = self.group.members
+        contributed, averaged = [0] * len(members), [0] * len(members)
+        for piece in self._pieces:
+            dtype, elements = DTYPES[piece.dtype], piece.stop - piece.start
+            contributed[piece.reducer] += self._codec.contribution.encoded_bytes(dtype, elements)
+            averaged[piece.reducer] += self._codec.average.encoded_bytes(dtype, elements)
+        whole, others = sum(contributed), len(members) - 1
+        # A contribution without its own span, and the averages of that span for all others.
+        loads = [whole - own + others * average for own, average in zip(contributed, averaged, strict=True)]
+        explained_s = [
+            load / member.up_bytes_s if member.up_bytes_s > 0 else math.inf
+            for load, member in zip(loads, members, strict=True)
+        ]
+        return self._transfers.up(), self._transfers.down(explained_s, now)
+
     def fraction_done(self) -> float:
         return 1 - self._missing / max(1, len(self._pieces))
 
@@ -249,7 +269,7 @@ class AllReduce:
                 beat.moved(moved, now)
                 if self.state in (State.READY, State.COMMITTED) and {sender} <= self._ready.keys() & self._told_ready:
                     # Ready, it still waits, for our word perhaps: one is lost with its connection, or for want of one.
-                    self._tell(sender, Ready(self.group.group_id, self._view, self._digest))
+                    self._tell(sender, self._ready_for(sender))
             case Suspect(view=view, rank=rank, why=why):
                 self._check_rank(rank)
                 if view == self._view and sender in self._live and rank != sender:
@@ -268,7 +288,9 @@ class AllReduce:
                 elif view == self._view and sender in self._live:
                     self._holdings[sender] = views
                     self._assign_if_agreed(now)
-            case Ready(view=view, digest=their_digest):
+            case Ready(view=view, digest=their_digest, heard_bytes=heard_bytes, heard_s=heard_s):
+                if 0 <= heard_bytes <= self.bytes_sent and heard_s >= 0:
+                    self._transfers.report(sender, Arrival(heard_bytes, heard_s))
                 if view > self._view:
                     self._keep_early(message, sender)
                 elif view == self._view and sender in self._live:
@@ -287,6 +309,8 @@ class AllReduce:
         beat = self._beats[sender]
         beat.heard(now)
         beat.chunk(now)
+        if self._view == 0:
+            self._transfers.chunk(sender, len(chunk.payload))
         if self.finished or sender not in self._live:
             return
         if chunk.view > self._view or self.state is State.AGREEING:
@@ -294,7 +318,7 @@ class AllReduce:
         elif chunk.is_average:
             self._average_received(chunk, sender)
         else:
-            self._contribution_received(chunk, sender)
+            self._contribution_received(chunk, sender, now)
 
     def compute_finished(self, job_id: int, value: object, now: float) -> None:
         """The value of a job asked for by a Compute effect."""
@@ -385,12 +409,14 @@ class AllReduce:
         coding = self._codec.average if chunk.is_average else self._codec.contribution
         return coding.encoded_bytes(DTYPES[piece.dtype], piece.stop - piece.start)
 
-    def _contribution_received(self, chunk: Chunk, sender: Rank) -> None:
+    def _contribution_received(self, chunk: Chunk, sender: Rank, now: float) -> None:
         index = chunk.index
         if self._owner[index] != self.rank or self._made_in[index] != NOT_HELD:
             return  # of an older view: somebody else's piece now, or reduced already
         if sender not in self._contributors:
             raise RemoteProtocolError(f"{self._name(sender)} joined with weight 0 but sent a contribution")
+        if sender not in self._inbox[index] and self._view == 0:
+            self._transfers.contribution(sender, now)
         self._inbox[index].setdefault(sender, chunk.payload)
         self._reduce_if_complete(index)
 
@@ -538,7 +564,11 @@ class AllReduce:
         for rank in self._heard:
             if rank not in self._told_ready and not (rank in mute and silent - {rank}):
                 self._told_ready.add(rank)
-                self._tell(rank, Ready(self.group.group_id, self._view, self._digest))
+                self._tell(rank, self._ready_for(rank))
+
+    def _ready_for(self, rank: Rank) -> Ready:
+        heard = self._transfers.heard_of(rank)
+        return Ready(self.group.group_id, self._view, self._digest, heard.size, heard.seconds)
 
     def _become_committed(self) -> None:
         assert self.state is State.READY

@@ -37,6 +37,7 @@ from moshpitd.averaging.errors import (
     Unavailable,
 )
 from moshpitd.averaging.grid import WEIGHT_MAX, Cell, Plan, Terms, carried_weight, grid_key, session_key
+from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.matchmaking import (
     HAILED,
     Candidate,
@@ -273,10 +274,12 @@ class Session:
         here: Whereabouts,
         credentials: Credentials,
         rng: random.Random,
+        link: LinkRates,
         *,
         last_k: int,
         now: float,
     ) -> None:
+        """`link`: what is known of the daemon's line; all its sessions teach and ask the same one."""
         options.check()
         self._codec = codec_named(options.codec)
         self.options = options = replace(options, codec=self._codec.name)  # terms are compared as text
@@ -287,6 +290,7 @@ class Session:
         self._config = config
         self._here = here
         self._rng = rng
+        self._link = link
         self._members = Membership(
             here.peer,
             self.terms,
@@ -813,9 +817,17 @@ class Session:
         self._look_at_matchmaking(now)
 
     def _member(self, coordinate: int, weight: float) -> Member:
-        here = self._here
+        here, link = self._here, self._link
         return Member(
-            here.peer, here.incarnation, coordinate, weight, here.address, here.dialable, bulk_port=here.bulk_port
+            here.peer,
+            here.incarnation,
+            coordinate,
+            weight,
+            here.address,
+            here.dialable,
+            link.up_bytes_s,
+            link.down_bytes_s,
+            bulk_port=here.bulk_port,
         )
 
     def _matchmaking(self, plan: Plan, k: int, j: int, axis: int, cell: Cell) -> Matchmaking:
@@ -1142,6 +1154,8 @@ class Session:
         assert self._spare_in_use is not None
         if reduction.state is ReductionState.COMMITTED:
             group = reduction.group
+            up, down = reduction.link_measures(now)
+            self._link.learn(up=up, down=down)
             weights = [member.weight for member in group.members]
             coordinates = [member.coordinate for member in group.members]
             if current.changed:
@@ -1371,8 +1385,8 @@ class Session:
             claim_k=claim_k,
             pin=self._config.pin,
             group_size_max=self._config.group_size_max,
-            up_bytes_s=0.0,
-            down_bytes_s=0.0,
+            up_bytes_s=self._link.up_bytes_s,
+            down_bytes_s=self._link.down_bytes_s,
             open_s=now - self._opened_at,
             bulk_port=self._here.bulk_port,
         )

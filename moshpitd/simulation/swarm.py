@@ -33,6 +33,7 @@ from moshpitd.averaging.effects import (
     Withdraw,
 )
 from moshpitd.averaging.errors import RemoteProtocolError, SessionError
+from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.messages import (
     Address,
     Begin,
@@ -217,7 +218,9 @@ class Swarm:
         incarnation = Incarnation(self.rng.getrandbits(64))
         here = Whereabouts(SWARM, peer_id, incarnation, Address(f"{name}:1"), dialable)
         rng = random.Random(self.rng.getrandbits(64))
-        machine = Session(options, config or self.config, here, Seals(peer_id), rng, last_k=last_k, now=self.now)
+        machine = Session(
+            options, config or self.config, here, Seals(peer_id), rng, LinkRates(), last_k=last_k, now=self.now
+        )
         peer = Peer(name, peer_id, incarnation, machine, dialable)
         self.peers[peer_id] = peer
         if link:
