@@ -119,6 +119,14 @@ class Daemon:
         return self.driver.dialable
 
     @property
+    def up_bytes_s(self) -> float:
+        return self.driver.link.up_bytes_s
+
+    @property
+    def down_bytes_s(self) -> float:
+        return self.driver.link.down_bytes_s
+
+    @property
     def uptime_s(self) -> float:
         return time.monotonic() - self.started_at
 

@@ -30,6 +30,10 @@ def status(message: pb.GetStatusResponse) -> Json:
         "dialable": message.dialable if message.HasField("dialable") else None,
         "bulk_port": message.bulk_port,
         "peers": message.peers,
+        "bandwidth": {
+            "up_bytes_s": message.bandwidth.up_bytes_s,
+            "down_bytes_s": message.bandwidth.down_bytes_s,
+        },
         "sessions": [
             {
                 "session_id": session.session_id,

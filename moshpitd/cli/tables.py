@@ -27,6 +27,7 @@ def status(message: pb.GetStatusResponse) -> None:
     bulk = f"; chunks over plain TCP at port {message.bulk_port}" if message.bulk_port else "; chunks over gRPC only"
     facts.add_row("listens", f"{message.listen}, announced as {message.announce or 'nothing'}{bulk}")
     facts.add_row("dialable", dialable if message.HasField("dialable") else "not known yet")
+    facts.add_row("bandwidth", f"{_rate(message.bandwidth.up_bytes_s)} out, {_rate(message.bandwidth.down_bytes_s)} in")
     facts.add_row("process", f"{message.pid}, version {message.version}, up {duration(message.uptime_seconds)}")
     console = Console()
     console.print(facts, soft_wrap=True)
@@ -112,6 +113,10 @@ def amount(count: int) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _rate(bytes_s: float) -> str:
+    return f"{amount(round(bytes_s))}/s" if bytes_s else "not known"
 
 
 def duration(seconds: float) -> str:

@@ -112,6 +112,13 @@ class DaemonInfo(Protocol):
         ...
 
     @property
+    def up_bytes_s(self) -> float:
+        """What its line carried in rounds; 0 while not known."""
+        ...
+
+    @property
+    def down_bytes_s(self) -> float: ...
+    @property
     def config_values(self) -> Sequence[ConfigLine]:
         """Every setting, in the order of the documentation."""
         ...
@@ -238,6 +245,7 @@ def status_message(
         draining=draining,
         dialable=info.dialable,
         bulk_port=info.bulk_port,
+        bandwidth=pb.Bandwidth(up_bytes_s=info.up_bytes_s, down_bytes_s=info.down_bytes_s),
     )
 
 

@@ -170,6 +170,7 @@ class FakeDaemon(DaemonServiceServicer):
             version="0.1.0",
             pid=4711,
             uptime_seconds=61.5,
+            bandwidth=pb.Bandwidth(up_bytes_s=1.25e7),
         )
 
     def ListPeers(self, request: pb.ListPeersRequest, context: grpc.ServicerContext) -> pb.ListPeersResponse:

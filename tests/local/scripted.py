@@ -53,6 +53,8 @@ class ScriptedInfo:
     uptime_s: float = 1.5
     dialable: bool | None = None
     bulk_port: int = 7601
+    up_bytes_s: float = 1.25e7
+    down_bytes_s: float = 0.0
     config_values: tuple[Setting, ...] = (Setting("swarm", "test", "flag"), Setting("grid", "auto", "default"))
 
 

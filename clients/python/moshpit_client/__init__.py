@@ -22,9 +22,10 @@ from moshpit_client.errors import (
 )
 from moshpit_client.receipt import Dropped, Member, Receipt, Round, Seconds, Span, Traffic
 from moshpit_client.session import Progress, Session
-from moshpit_client.status import ConfigValue, Peer, SessionStatus, Status
+from moshpit_client.status import Bandwidth, ConfigValue, Peer, SessionStatus, Status
 
 __all__ = [
+    "Bandwidth",
     "ConfigValue",
     "Daemon",
     "DaemonBug",

@@ -34,6 +34,16 @@ class SessionStatus(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Bandwidth(Record):
+    """A daemon's line to the others, as its rounds showed it."""
+
+    up_bytes_s: float
+    """0 while no round showed it."""
+    down_bytes_s: float
+    """0 also while it was never the obstacle."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status(Record):
     """How the daemon is doing."""
 
@@ -56,6 +66,7 @@ class Status(Record):
     draining: bool
     dialable: bool | None
     """Whether other peers can dial it; None while unknown."""
+    bandwidth: Bandwidth
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +108,7 @@ def read_status(message: pb.GetStatusResponse) -> Status:
         uptime_seconds=message.uptime_seconds,
         draining=message.draining,
         dialable=message.dialable if message.HasField("dialable") else None,
+        bandwidth=Bandwidth(message.bandwidth.up_bytes_s, message.bandwidth.down_bytes_s),
     )
 
 

@@ -925,6 +925,7 @@ class GetStatusResponse(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     DIALABLE_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_FIELD_NUMBER: _builtins.int
     BULK_PORT_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """True once it is part of its swarm and takes rounds."""
@@ -956,6 +957,10 @@ class GetStatusResponse(_message.Message):
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionStatus]:
         """Its sessions."""
 
+    @_builtins.property
+    def bandwidth(self) -> Global___Bandwidth:
+        """What its line carried."""
+
     def __init__(
         self,
         *,
@@ -972,17 +977,44 @@ class GetStatusResponse(_message.Message):
         uptime_seconds: _builtins.float = ...,
         draining: _builtins.bool = ...,
         dialable: _builtins.bool | None = ...,
+        bandwidth: Global___Bandwidth | None = ...,
         bulk_port: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "dialable", b"dialable"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "bandwidth", b"bandwidth", "dialable", b"dialable"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "announce", b"announce", "bulk_port", b"bulk_port", "dialable", b"dialable", "draining", b"draining", "listen", b"listen", "peer_id", b"peer_id", "peers", b"peers", "pid", b"pid", "ready", b"ready", "sessions", b"sessions", "swarm", b"swarm", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "announce", b"announce", "bandwidth", b"bandwidth", "bulk_port", b"bulk_port", "dialable", b"dialable", "draining", b"draining", "listen", b"listen", "peer_id", b"peer_id", "peers", b"peers", "pid", b"pid", "ready", b"ready", "sessions", b"sessions", "swarm", b"swarm", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dialable: _TypeAlias = _typing.Literal["dialable"]  # noqa: Y015
     _WhichOneofArgType__dialable: _TypeAlias = _typing.Literal["_dialable", b"_dialable"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dialable) -> _WhichOneofReturnType__dialable | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class Bandwidth(_message.Message):
+    """A daemon's line to the others, as its rounds showed it. Reducers' spans follow from it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UP_BYTES_S_FIELD_NUMBER: _builtins.int
+    DOWN_BYTES_S_FIELD_NUMBER: _builtins.int
+    up_bytes_s: _builtins.float
+    """What it carries out, bytes a second; 0 while no round showed it."""
+    down_bytes_s: _builtins.float
+    """What it carries in; 0 also while it was never the obstacle."""
+    def __init__(
+        self,
+        *,
+        up_bytes_s: _builtins.float = ...,
+        down_bytes_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["down_bytes_s", b"down_bytes_s", "up_bytes_s", b"up_bytes_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Bandwidth: _TypeAlias = Bandwidth  # noqa: Y015
 
 @_typing.final
 class SessionStatus(_message.Message):
