@@ -44,6 +44,7 @@ from moshpitd.averaging.names import Rank, digest, short
 from moshpitd.averaging.partition import ALIGNMENT, Piece, pieces_of
 from moshpitd.averaging.receipt import DroppedLine, SpanLine
 from moshpitd.averaging.vector import DTYPES, Floats, Vector, first_non_finite
+from moshpitd.averaging.weighted_mean import scaled_weights, weighted_mean, weighted_sum
 
 NOT_HELD = -1
 
@@ -917,19 +918,6 @@ class Spoilt:
     why: str
 
 
-def scaled_weights(weights: Sequence[float]) -> tuple[float, ...]:
-    """Weights as float32 multiples of a power of two above their sum, so that no sum of values can overflow.
-
-    Dividing by a power of two instead of the sum itself is exact: equal and small integer weights stay exact, and lines
-    that carry the same weights split among more members still add up to the same bits.
-    """
-    total = float(np.sum(np.asarray(weights, np.float64)))
-    if total <= 0:
-        return tuple(0.0 for _ in weights)
-    _, exponent = math.frexp(total)
-    return tuple(float(np.float32(math.ldexp(weight, -exponent))) for weight in weights)
-
-
 def reduce_chunk(
     piece: Piece,
     contributions: Sequence[tuple[int, float, bytes | memoryview | None]],
@@ -942,14 +930,11 @@ def reduce_chunk(
 ) -> Reduced | Spoilt:
     """The weighted mean of the contributions (or their sum), written decoded to `output`.
 
-    `contributions`: (coordinate, scaled weight, code or None for one's own), by rank. Those that share a coordinate are
-    added up first: the cell they stand for then weighs the same bits whether one or two hold it. float64 is reduced in
-    float64, everything else in float32. In a sum all weights are 1; of cells, the first present of each coordinate
-    counts, for the others hold the same. What the code lacks is written to `left_out`, times the sum of the weights by
-    `own_weight`.
+    `contributions`: (coordinate, scaled weight, code or None for one's own), by rank. In a sum all weights are 1; of
+    cells, the first present of each coordinate counts, for the others hold the same. What the code lacks is written to
+    `left_out`, times the sum of the weights by `own_weight`.
     """
     dtype = DTYPES[piece.dtype]
-    wide = np.float64 if dtype == np.float64 else np.float32
     elements = piece.stop - piece.start
     decoded: list[Floats] = []
     for position, (_, _, code) in enumerate(contributions):
@@ -957,22 +942,13 @@ def reduce_chunk(
             decoded.append(own if code is None else codec.contribution.decode(code, dtype, elements))
         except RemoteProtocolError as wrong:
             return Spoilt(position, str(wrong))
-    total: Floats | None = None
-    cell: Floats | None = None
-    scratch = np.empty(elements, wide)
-    for position, (coordinate, weight, _) in enumerate(contributions):
-        if cell is None:
-            cell = np.multiply(decoded[position], wide(weight), out=None if total is None else scratch, dtype=wide)
-        elif operation is not Operation.SUM_OF_CELLS:
-            cell += np.multiply(decoded[position], wide(weight), dtype=wide)
-        is_last_of_cell = position + 1 == len(contributions) or contributions[position + 1][0] != coordinate
-        if is_last_of_cell:
-            total = cell if total is None else np.add(total, cell, out=total)
-            cell = None
-    assert total is not None
-    weights = math.fsum(weight for _, weight, _ in contributions)
+    parts = [
+        (coordinate, weight, values) for (coordinate, weight, _), values in zip(contributions, decoded, strict=True)
+    ]
     if operation is Operation.MEAN:
-        np.divide(total, wide(weights), out=total)
+        total = weighted_mean(parts)
+    else:
+        total = weighted_sum(parts, one_a_coordinate=operation is Operation.SUM_OF_CELLS)
     # Weights are positive, so what is not finite anywhere is not finite in the sum: one look for all.
     is_finite = first_non_finite(total) is None
     if not is_finite:
@@ -986,8 +962,9 @@ def reduce_chunk(
     # If not, our own values are to blame: there may be no code for that, and the others refuse what there is.
     output[:] = codec.average.decode(code, dtype, elements) if is_finite else average
     if left_out is not None:
-        lacking = np.subtract(average, output, dtype=wide)
-        np.multiply(lacking, wide(weights / own_weight), out=left_out, casting="same_kind")
+        lacking = np.subtract(average, output, dtype=total.dtype)
+        weights = math.fsum(weight for _, weight, _ in contributions)
+        np.multiply(lacking, total.dtype.type(weights / own_weight), out=left_out, casting="same_kind")
     return Reduced(code, checksums(output))
 
 

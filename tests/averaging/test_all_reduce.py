@@ -19,7 +19,6 @@ from moshpitd.averaging.all_reduce import (
     checksums,
     decode_average,
     reduce_chunk,
-    scaled_weights,
 )
 from moshpitd.averaging.codecs import codec_named
 from moshpitd.averaging.effects import Compute, Effect, Send
@@ -29,6 +28,7 @@ from moshpitd.averaging.messages import Chunk, Heartbeat, Holdings, Ready, Reduc
 from moshpitd.averaging.names import Rank, short
 from moshpitd.averaging.partition import ALIGNMENT, Piece
 from moshpitd.averaging.vector import DTYPES, Floats, Vector
+from moshpitd.averaging.weighted_mean import scaled_weights
 from tests.averaging.group_on_paper import GroupOnPaper, Message, flat, group_of, normal_vectors, number_of, peer
 
 TOLERANCE = {"float32": 1e-6, "float16": 3e-3, "bfloat16": 2e-2}
