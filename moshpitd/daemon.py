@@ -1,6 +1,7 @@
 """The composition root: builds the rooms, opens them in order, closes them in reverse, and minds signals.
 
-    identity -> data directory's lock -> peer door (TCP) -> directory (UDP, same number) -> driver -> local door -> HTTP
+    identity -> data directory's lock -> peer door (TCP) -> directory (UDP, same number) -> driver -> households
+    -> local door -> HTTP
 
 Knows every room's face and no room's inside. The only place that turns whatever stops a daemon from starting into a
 message and an exit code.
@@ -33,12 +34,14 @@ import moshpitd
 from moshpitd import allocator
 from moshpitd.averaging.all_reduce import AllReduceConfig
 from moshpitd.averaging.grid import format_sides
+from moshpitd.averaging.household import HouseholdConfig
 from moshpitd.averaging.matchmaking import MatchmakingConfig
 from moshpitd.averaging.names import short
 from moshpitd.averaging.session import SessionConfig
 from moshpitd.config import Config, ConfigError, ConfigValue, Endpoint
 from moshpitd.directory import Address, AddressError, DatagramSocket, Directory, DirectoryConfig, PortInUse, resolve
 from moshpitd.driver import Driver, DriverConfig
+from moshpitd.households import Households
 from moshpitd.identity import Identity, IdentityError
 from moshpitd.local.claim import ClaimError
 from moshpitd.local.server import LocalConfig, LocalServer
@@ -239,7 +242,8 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
         stack.push_async_callback(driver.close)
         await peer_door.serve(driver)
         daemon = Daemon(identity, config, listen_at, announce_at, directory, driver, peer_door.bulk_port)
-        local = await LocalServer.open(config.socket, driver, daemon, local_config)
+        households = Households(driver, config.room("household", HouseholdConfig))
+        local = await LocalServer.open(config.socket, households, daemon, local_config)
         stack.push_async_callback(local.close, CLOSE_GRACE_S)
         if config.http is not None:
             counters.gauge("ready", lambda: daemon.ready)

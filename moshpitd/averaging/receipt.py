@@ -89,6 +89,16 @@ class RoundReceipt:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalLine:
+    """Who stands behind this peer's contribution."""
+
+    trainers: int
+    """Of this daemon, averaged before anything travelled."""
+    weight: float
+    """That of the trainer whose receipt it is; in the daemon's own records their sum. 0 for who only received."""
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """One averaging of one trainer."""
 
@@ -112,3 +122,4 @@ class Receipt:
     grid: str
     """The plan's sides, "2x4"."""
     rounds: tuple[RoundReceipt, ...]
+    local: LocalLine

@@ -82,7 +82,7 @@ from moshpitd.averaging.messages import (
     View,
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
-from moshpitd.averaging.receipt import DroppedLine, LinkLine, MemberLine, Outcome, Receipt, RoundReceipt
+from moshpitd.averaging.receipt import DroppedLine, LinkLine, LocalLine, MemberLine, Outcome, Receipt, RoundReceipt
 from moshpitd.averaging.vector import Layout, Vector
 
 NAME_DEFAULT = "default"
@@ -141,6 +141,8 @@ class Call:
     timeout_s: float = TIMEOUT_DEFAULT_S
     epoch: int | None = None
     """Meet only peers with the same number; None = the newest open averaging."""
+    trainers: int = 1
+    """Of this daemon, whose values these are the mean of; the weight is their sum."""
 
     def check(self) -> None:
         """Raises InvalidInput that names what is wrong."""
@@ -346,7 +348,7 @@ class Session:
         self._periods_s.append(now - self._started_at)
         self._started_at = now
         # A round that failed may still have a job under way, which writes into what was its spare.
-        free = [spare for spare in spares if not any(r.may_write_to(spare) for r in self._reductions.values())]
+        free = [spare for spare in spares if self.is_free(spare)]
         self._current = Averaging(call, now, now + call.timeout_s, vector, free, k, call.weight)
         # A newcomer looks first, at its first call; the others are warm.
         self._current.roster_seen = self._last_k >= 0 or now < self._looked_at + self._config.lease_ttl_s / 2
@@ -511,6 +513,10 @@ class Session:
         """The vector of the averaging that just Finished. Only valid while its effect is being carried out."""
         assert self._result is not None
         return self._result
+
+    def is_free(self, spare: Vector) -> bool:
+        """Whether no job of a round that failed may still write to this buffer."""
+        return not any(reduction.may_write_to(spare) for reduction in self._reductions.values())
 
     @property
     def contribution(self) -> Vector | None:
@@ -1222,6 +1228,7 @@ class Session:
             bytes_received=sum(r.bytes_received for r in current.rounds),
             grid=current.plan.grid,
             rounds=tuple(current.rounds),
+            local=LocalLine(current.call.trainers, 0.0 if current.joined else current.call.weight),
         )
         self._conclude(receipt, now)
 
@@ -1257,6 +1264,7 @@ class Session:
             bytes_received=0,
             grid="",
             rounds=(),
+            local=LocalLine(current.call.trainers, current.call.weight),
         )
         self._conclude(receipt, now)
 

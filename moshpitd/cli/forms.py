@@ -36,7 +36,6 @@ def status(message: pb.GetStatusResponse) -> Json:
         },
         "sessions": [
             {
-                "session_id": session.session_id,
                 "name": session.name,
                 "state": session.state,
                 "waiting_for": session.waiting_for,
@@ -47,8 +46,15 @@ def status(message: pb.GetStatusResponse) -> Json:
                 "vector_bytes": session.vector_bytes,
                 "averagings": dict(session.averagings),
                 "codec": session.codec,
-                "transport": session.transport,
-                "transport_why": session.transport_why,
+                "trainers": [
+                    {
+                        "session_id": trainer.session_id,
+                        "state": trainer.state,
+                        "transport": trainer.transport,
+                        "transport_why": trainer.transport_why,
+                    }
+                    for trainer in session.trainers
+                ],
             }
             for session in message.sessions
         ],
@@ -88,6 +94,7 @@ def receipt(message: pb.Receipt) -> Json:
         "peers": _texts(message.peers),
         "digest": message.digest.hex(),
         "grid": message.grid,
+        "local": {"trainers": message.local.trainers, "weight": message.local.weight},
         "seconds": _seconds(message.seconds),
         "bytes": _traffic(message.bytes),
         "rounds": [_round(round_) for round_ in message.rounds],

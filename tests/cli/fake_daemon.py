@@ -155,7 +155,13 @@ class FakeDaemon(DaemonServiceServicer):
 
     def GetStatus(self, request: pb.GetStatusRequest, context: grpc.ServicerContext) -> pb.GetStatusResponse:
         session = pb.SessionStatus(
-            session_id="s1", name="default", state="matching", epoch=7, grid="1x3", cell=[0, 2], live_sessions=3
+            name="default",
+            state="matching",
+            epoch=7,
+            grid="1x3",
+            cell=[0, 2],
+            live_sessions=3,
+            trainers=[pb.TrainerStatus(session_id="s1", state="averaging", transport="shared-memory")],
         )
         session.averagings["complete"] = 6
         return pb.GetStatusResponse(

@@ -33,7 +33,8 @@ def hop(trainer: Trainer) -> tuple[object, object]:
     sessions = trainer.peer.json("status")["sessions"]
     assert isinstance(sessions, list)
     [session] = sessions
-    return session["transport"], session["transport_why"]
+    [own] = session["trainers"]
+    return own["transport"], own["transport_why"]
 
 
 def test_the_bits_are_the_same_whatever_way_they_took(four: list[Peer], directory: Path) -> None:

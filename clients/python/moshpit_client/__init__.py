@@ -20,9 +20,9 @@ from moshpit_client.errors import (
     ResourceExhausted,
     WrongProcess,
 )
-from moshpit_client.receipt import Dropped, Member, Receipt, Round, Seconds, Span, Traffic
+from moshpit_client.receipt import Dropped, Local, Member, Receipt, Round, Seconds, Span, Traffic
 from moshpit_client.session import Progress, Session
-from moshpit_client.status import Bandwidth, ConfigValue, Peer, SessionStatus, Status
+from moshpit_client.status import Bandwidth, ConfigValue, Peer, SessionStatus, Status, TrainerStatus
 
 __all__ = [
     "Bandwidth",
@@ -33,6 +33,7 @@ __all__ = [
     "DaemonUnreachable",
     "Dropped",
     "InvalidInput",
+    "Local",
     "Member",
     "MoshpitError",
     "NoGroup",
@@ -49,6 +50,7 @@ __all__ = [
     "Span",
     "Status",
     "Traffic",
+    "TrainerStatus",
     "WrongProcess",
     "connect",
 ]

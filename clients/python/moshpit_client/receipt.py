@@ -97,11 +97,22 @@ class Round(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Local(Record):
+    """Who stands behind this peer's contribution."""
+
+    trainers: int
+    """Of this daemon, averaged before anything travelled."""
+    weight: float
+    """One's own among them; 0 for who only received. In `Daemon.rounds`, one receipt an averaging, their sum."""
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt(Record):
     """One averaging."""
 
     outcome: str
-    """complete, partial or alone. When alone the tensors are as they were."""
+    """complete, partial or alone. When alone the tensors are as they were, or, with other trainers of the same daemon
+    (`local`), their mean."""
     epoch: int
     """The number of this averaging in the swarm."""
     joined: bool
@@ -121,6 +132,7 @@ class Receipt(Record):
     """2x4, say."""
     session: str
     """The session's name."""
+    local: Local
 
 
 _OUTCOMES = {pb.OUTCOME_COMPLETE: "complete", pb.OUTCOME_PARTIAL: "partial", pb.OUTCOME_ALONE: "alone"}
@@ -140,6 +152,7 @@ def read_receipt(message: pb.Receipt) -> Receipt:
         why=message.why,
         grid=message.grid,
         session=message.session,
+        local=Local(message.local.trainers, message.local.weight),
     )
 
 

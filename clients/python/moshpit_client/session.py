@@ -264,7 +264,8 @@ class Session:
         epoch: int | None,
         progress: ProgressCall | None,
     ) -> tuple[Receipt, npt.NDArray[np.uint8] | None]:
-        """One averaging: the whole packed result, None when alone. `staging` is for one that is streamed."""
+        """One averaging: the whole packed result, None when nobody else was there. `staging` is for one that is
+        streamed."""
         if epoch is not None and not 0 <= epoch < 1 << 64:
             raise InvalidInput(f"epoch={epoch}: give a whole number of at least 0")
         if self._initial_peers > 1:
@@ -303,12 +304,10 @@ class Session:
             finally:
                 call.cancel()
         self._initial_peers = 1
-        alone = receipt is not None and receipt.outcome == "alone"
-        if packed is None and shared is not None and not alone:
+        if packed is None and shared is not None:
             packed = shared.result()
-        elif packed is not None and arrived != len(packed):
-            packed = None
-        if receipt is None or alone != (packed is None):
+        is_whole = arrived in (0, self._vector_bytes)
+        if receipt is None or not is_whole or (packed is None and receipt.outcome != "alone"):
             raise DaemonBug("the daemon's result has no receipt or is too short: report it with its log")
         self._shared_is_ours = True
         return receipt, packed
@@ -319,7 +318,11 @@ class Session:
         while True:
             with self._connection.errors():
                 status = self._connection.calls.get_status(pb.GetStatusRequest(), timeout=ANSWER_SECONDS)
-            here = [each.live_sessions for each in status.sessions if each.session_id == self.session_id]
+            here = [
+                each.live_sessions
+                for each in status.sessions
+                if any(trainer.session_id == self.session_id for trainer in each.trainers)
+            ]
             if not here:
                 raise NotFound(f"the daemon has no session {self.name!r} any more: open it again")
             waited = time.monotonic() - began

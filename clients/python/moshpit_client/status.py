@@ -9,10 +9,22 @@ from moshpit_client.v1 import daemon_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
-class SessionStatus(Record):
-    """A session of the daemon."""
+class TrainerStatus(Record):
+    """One of the trainers that share a session of the daemon."""
 
     session_id: str
+    state: str
+    """computing, waiting (for the daemon's other trainers) or averaging"""
+    transport: str
+    """How values travel between trainer and daemon: shared-memory or stream."""
+    transport_why: str
+    """Why they are streamed; empty otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatus(Record):
+    """A session of the daemon, shared by its trainers."""
+
     name: str
     state: str
     """idle, gathering, matching, reducing or closing"""
@@ -27,10 +39,7 @@ class SessionStatus(Record):
     averagings: dict[str, int]
     """Ended ones by outcome."""
     codec: str
-    transport: str
-    """How values travel between trainer and daemon: shared-memory or stream."""
-    transport_why: str
-    """Why they are streamed; empty otherwise."""
+    trainers: tuple[TrainerStatus, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +123,6 @@ def read_status(message: pb.GetStatusResponse) -> Status:
 
 def _session(message: pb.SessionStatus) -> SessionStatus:
     return SessionStatus(
-        session_id=message.session_id,
         name=message.name,
         state=message.state,
         waiting_for=message.waiting_for,
@@ -125,9 +133,12 @@ def _session(message: pb.SessionStatus) -> SessionStatus:
         vector_bytes=message.vector_bytes,
         averagings=dict(message.averagings),
         codec=message.codec,
-        transport=message.transport,
-        transport_why=message.transport_why,
+        trainers=tuple(map(_trainer, message.trainers)),
     )
+
+
+def _trainer(message: pb.TrainerStatus) -> TrainerStatus:
+    return TrainerStatus(message.session_id, message.state, message.transport, message.transport_why)
 
 
 def read_peer(message: pb.Peer) -> Peer:

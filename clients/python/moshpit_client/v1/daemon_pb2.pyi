@@ -3,11 +3,15 @@
 isort:skip_file
 The local API: how a trainer, in any language, talks to the moshpitd daemon of its machine.
 
+Trainers that open sessions of the same name, tensors and options at one daemon are averaged in memory first and are one
+peer to the swarm, with the sum of their weights; each gets the result. They wait for each other at most half of their
+time. Only calls with the same epoch, or none, go together.
+
 Served on a Unix socket. A trainer opens a session for its tensors and holds that call open for as long as it trains;
 at each step it calls Average on the session. Errors are gRPC statuses whose message names the cause and the way out:
   INVALID_ARGUMENT     the call is wrong (bad weight, NaN, an integer tensor, an empty layout)
   NOT_FOUND            no such session or round
-  FAILED_PRECONDITION  this swarm cannot take it (layouts differ, session name taken, epoch too far ahead or behind)
+  FAILED_PRECONDITION  this swarm cannot take it (layouts or options differ, epoch too far ahead or behind)
   DEADLINE_EXCEEDED    time ran out before enough peers were there; the message says how many were
   UNAVAILABLE          the daemon is leaving, or not part of its swarm yet
   RESOURCE_EXHAUSTED   a limit was met
@@ -101,7 +105,7 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_PARTIAL: _Outcome.ValueType  # 2
     """Less than complete, with at least one other peer."""
     OUTCOME_ALONE: _Outcome.ValueType  # 3
-    """Nobody else took part; the values are unchanged."""
+    """No other peer took part; the values are unchanged, or the mean of the daemon's own trainers (Receipt.local)."""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
     """How an averaging or a round ended. Failures are statuses, not outcomes."""
@@ -113,7 +117,7 @@ OUTCOME_COMPLETE: Outcome.ValueType  # 1
 OUTCOME_PARTIAL: Outcome.ValueType  # 2
 """Less than complete, with at least one other peer."""
 OUTCOME_ALONE: Outcome.ValueType  # 3
-"""Nobody else took part; the values are unchanged."""
+"""No other peer took part; the values are unchanged, or the mean of the daemon's own trainers (Receipt.local)."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 @_typing.final
@@ -171,8 +175,8 @@ class OpenSessionRequest(_message.Message):
     integers "flash<bits>[-<all-gather bits>][:<group>][+spikes]" with 2 to 8 bits and groups of 128 (default) or 32.
     """
     min_peers: _builtins.int
-    """Begin an averaging only when this many live sessions of the same layout are there, this one included.
-    0 and 1 mean no such wait.
+    """Begin an averaging only when this many live sessions of the same layout are there, this one included: daemons, that
+    is, however many trainers share the session of each. 0 and 1 mean no such wait.
     """
     joining: Global___Joining.ValueType
     """What a newcomer's first averaging does."""
@@ -248,9 +252,9 @@ class SharedMemory(_message.Message):
     results are packed vectors, as OpenSessionRequest says.
 
     For an averaging the trainer writes its contribution, sends `start` with `shared_memory`, and leaves it as it is until
-    the receipt. When the daemon has ended the call well, the outcome is not alone and the word is not 0, the result is
-    where the word says, until the session's next averaging; when the word is 0 it came in chunks. A daemon may still read
-    the contribution of a call that ended without a receipt: the trainer streams the next one, and writes here again after
+    the receipt. When the daemon has ended the call well and the word is not 0, the result is where the word says, until the
+    session's next averaging; when the word is 0 it came in chunks, or there is none: see AverageResponse. A daemon may still
+    read the contribution of a call that ended without a receipt: the trainer streams the next one, and writes here again after
     a receipt.
     """
 
@@ -561,6 +565,7 @@ class Receipt(_message.Message):
     GRID_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    LOCAL_FIELD_NUMBER: _builtins.int
     outcome: Global___Outcome.ValueType
     """How it ended."""
     epoch: _builtins.int
@@ -593,6 +598,10 @@ class Receipt(_message.Message):
     def rounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Round]:
         """The rounds, in order."""
 
+    @_builtins.property
+    def local(self) -> Global___Local:
+        """Who stands behind this peer's contribution."""
+
     def __init__(
         self,
         *,
@@ -608,14 +617,43 @@ class Receipt(_message.Message):
         grid: _builtins.str = ...,
         rounds: _abc.Iterable[Global___Round] | None = ...,
         session: _builtins.str = ...,
+        local: Global___Local | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "seconds", b"seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "local", b"local", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "local", b"local", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class Local(_message.Message):
+    """The trainers of one daemon in an averaging: they are averaged in memory first, and are one peer to the swarm."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINERS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    trainers: _builtins.int
+    """How many."""
+    weight: _builtins.float
+    """The weight of the trainer whose receipt this is; in ListRounds, which has one receipt an averaging, their sum. 0 for who
+    only received.
+    """
+    def __init__(
+        self,
+        *,
+        trainers: _builtins.int = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["trainers", b"trainers", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Local: _TypeAlias = Local  # noqa: Y015
 
 @_typing.final
 class Seconds(_message.Message):
@@ -1042,7 +1080,6 @@ class SessionStatus(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     WAITING_FOR_FIELD_NUMBER: _builtins.int
@@ -1053,10 +1090,7 @@ class SessionStatus(_message.Message):
     VECTOR_BYTES_FIELD_NUMBER: _builtins.int
     AVERAGINGS_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
-    TRANSPORT_FIELD_NUMBER: _builtins.int
-    TRANSPORT_WHY_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
-    """Its id."""
+    TRAINERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     state: _builtins.str
@@ -1073,10 +1107,6 @@ class SessionStatus(_message.Message):
     """Bytes of its vector."""
     codec: _builtins.str
     """Its codec."""
-    transport: _builtins.str
-    """How values travel between trainer and daemon: "shared-memory" or "stream"."""
-    transport_why: _builtins.str
-    """Why it is "stream"; empty otherwise."""
     @_builtins.property
     def cell(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its cell, one coordinate an axis."""
@@ -1085,10 +1115,13 @@ class SessionStatus(_message.Message):
     def averagings(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Averagings that ended, by outcome: complete, partial, alone, failed."""
 
+    @_builtins.property
+    def trainers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainerStatus]:
+        """Its trainers at this daemon, in the order in which they came."""
+
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
         name: _builtins.str = ...,
         state: _builtins.str = ...,
         waiting_for: _builtins.str = ...,
@@ -1099,16 +1132,49 @@ class SessionStatus(_message.Message):
         vector_bytes: _builtins.int = ...,
         averagings: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         codec: _builtins.str = ...,
+        trainers: _abc.Iterable[Global___TrainerStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "cell", b"cell", "codec", b"codec", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionStatus: _TypeAlias = SessionStatus  # noqa: Y015
+
+@_typing.final
+class TrainerStatus(_message.Message):
+    """One of the trainers that share a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    TRANSPORT_WHY_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The id of its session, from OpenSessionResponse."""
+    state: _builtins.str
+    """What it does: "computing", "waiting" for other trainers of the daemon, "averaging"."""
+    transport: _builtins.str
+    """How values travel between trainer and daemon: "shared-memory" or "stream"."""
+    transport_why: _builtins.str
+    """Why it is "stream"; empty otherwise."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        state: _builtins.str = ...,
         transport: _builtins.str = ...,
         transport_why: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "cell", b"cell", "codec", b"codec", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "session_id", b"session_id", "state", b"state", "transport", b"transport", "transport_why", b"transport_why", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "state", b"state", "transport", b"transport", "transport_why", b"transport_why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SessionStatus: _TypeAlias = SessionStatus  # noqa: Y015
+Global___TrainerStatus: _TypeAlias = TrainerStatus  # noqa: Y015
 
 @_typing.final
 class ListPeersRequest(_message.Message):
