@@ -161,7 +161,10 @@ class FakeDaemon(DaemonServiceServicer):
             grid="1x3",
             cell=[0, 2],
             live_sessions=3,
-            trainers=[pb.TrainerStatus(session_id="s1", state="averaging", transport="shared-memory")],
+            trainers=[
+                pb.TrainerStatus(session_id="s1", state="averaging", transport="shared-memory"),
+                pb.TrainerStatus(session_id="s2", state="waiting", transport="stream", transport_why="switched off"),
+            ],
         )
         session.averagings["complete"] = 6
         return pb.GetStatusResponse(
