@@ -202,6 +202,29 @@ def test_receipts_tell_who_reduced_what_and_agree_with_each_other(four: list[Pee
         assert sorted((*receipt.peers, peer.id)) == ids
 
 
+def test_a_trainer_that_keeps_training_adds_what_the_averaging_changed(four: list[Peer]) -> None:
+    with trainers(four, mixed, name="delta", min_peers=4) as there:
+        for averaging in range(2):
+            before = [{name: np.array(tensor) for name, tensor in trainer.tensors.items()} for trainer in there]
+            pending = [trainer.session.average_async(timeout=60.0, apply="delta") for trainer in there]
+            for tensor in there[0].tensors.values():
+                tensor[...] = (tensor * 0.5).astype(tensor.dtype)  # a large step, at once
+            assert {delta.result(60).outcome for delta in pending} == {"complete"}
+            assert np.array_equal(there[1].tensors["single"], before[1]["single"]), "nothing changes by itself"
+            assert {delta.apply().outcome for delta in pending} == {"complete"}
+            assert len({there[i].tensors[name].tobytes() for i in (1, 2, 3) for name in ("brain",)}) == 1
+            for name in there[0].tensors.keys() - {"none"}:
+                result, moved = there[1].tensors[name], there[0].tensors[name]
+                assert (
+                    error(result, mean([values[name] for values in before], [1.0] * 4)) <= ROUNDING[result.dtype.name]
+                )
+                expected = result.astype(np.float64) - before[0][name].astype(np.float64) / 2
+                assert error(moved, expected) <= 2 * ROUNDING[result.dtype.name], name
+            for index, trainer in enumerate(there):
+                for name, tensor in trainer.tensors.items():
+                    tensor[...] = mixed(10 * averaging + index)[name]
+
+
 def test_progress_says_how_many_are_missing(four: list[Peer]) -> None:
     said: list[str] = []
     with trainers(four[:2], random_tensors, name="missing", min_peers=3) as there:

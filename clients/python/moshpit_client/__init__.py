@@ -21,7 +21,7 @@ from moshpit_client.errors import (
     WrongProcess,
 )
 from moshpit_client.receipt import Dropped, Local, Member, Receipt, Round, Seconds, Span, Traffic
-from moshpit_client.session import Progress, Session
+from moshpit_client.session import Delta, Progress, Session
 from moshpit_client.status import Bandwidth, ConfigValue, Peer, SessionStatus, Status, TrainerStatus
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "DaemonBug",
     "DaemonLeaving",
     "DaemonUnreachable",
+    "Delta",
     "Dropped",
     "InvalidInput",
     "Local",
