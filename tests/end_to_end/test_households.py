@@ -30,15 +30,23 @@ VECTOR_BYTES = 200_000
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[list[Peer]]:
-    with Swarm() as swarm:
+def patient(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A configuration with which no trainer is left out because this machine is busy."""
+    file = tmp_path_factory.mktemp("config") / "patient.toml"
+    file.write_text("[household]\ngrace_floor_s = 15.0\n")
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def two(patient: str) -> Iterator[list[Peer]]:
+    with Swarm("--config", patient) as swarm:
         yield swarm.start(2)
 
 
 @pytest.fixture(scope="module")
-def lonely() -> Iterator[Peer]:
+def lonely(patient: str) -> Iterator[Peer]:
     """Nobody else is in its swarm."""
-    with Swarm(name="lonely") as swarm:
+    with Swarm("--config", patient, name="lonely") as swarm:
         yield swarm.start()[0]
 
 
