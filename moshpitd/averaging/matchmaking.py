@@ -50,7 +50,7 @@ from moshpitd.averaging.messages import (
     TooShort,
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
-from moshpitd.averaging.partition import known_rate, spans_of
+from moshpitd.averaging.partition import CHUNK_BYTES_MAX, chunk_bytes_of, known_rate, spans_of
 from moshpitd.averaging.vector import Layout
 
 APPLICANTS_MAX = 4096
@@ -696,7 +696,7 @@ class Matchmaking:
             leader=self.round.me,
             members=tuple(members),
             spans=spans_of(self.round.layout, members),
-            chunk_bytes=self.round.chunk_bytes,
+            chunk_bytes=chunk_bytes_of(self.round.layout, members, self.round.chunk_bytes),
             budget_s=min(a.wait_until for a in applications) - now,
             absent=absent,
             arrival_offsets_s=tuple(a.arrived_at - first for a in applications),
@@ -925,7 +925,7 @@ def is_sound(group: Group, layout: Layout) -> bool:
             for rank in range(len(group.members))
         )
         and 0 < group.budget_s < float("inf")
-        and 4096 <= group.chunk_bytes <= 4 << 20
+        and 4096 <= group.chunk_bytes <= CHUNK_BYTES_MAX
     )
 
 

@@ -20,6 +20,11 @@ NOISE_FACTOR = 1.4
 and water-filling amplifies it: rates that vary by 20 % make rounds of 4 members 22 % longer than equal spans would, of
 16 members 41 %; drawn together, 1 % and 6 %. The price is paid by one truly slower link of 4: at worst, 1.6 times
 slower, it makes the round 1.31 times as long as it could be, from 3 times on less than 1.17, at 10 times nothing."""
+CHUNK_BYTES_MAX = 4 << 20
+"""As much as any daemon takes at once."""
+CHUNK_S = 0.01
+CHUNKS_A_SPAN = 3
+CHUNK_FACTOR_MAX = 4
 RATIO_MAX = 1e6
 """Rates come from outside: no ratio of them may overflow."""
 
@@ -102,6 +107,22 @@ def _aligned(layout: Layout, position: float) -> int:
             offset = round((position - segment.start) / ALIGNMENT) * ALIGNMENT
             return min(segment.start + offset, segment.stop)
     return layout.elements
+
+
+def chunk_bytes_of(layout: Layout, members: Sequence[Member], usual: int) -> int:
+    """How many bytes of values go over the wire at once: `usual`, or twice or four times as many where every line
+    carries them in CHUNK_S and every span still has CHUNKS_A_SPAN, so that sending, reducing and receiving overlap.
+
+    What a chunk costs apart from its bytes is a quarter of a round's time on a fast network, and nothing on a slow one.
+    """
+    wanted = min(
+        CHUNK_S * min(known_rate(member) for member in members),
+        layout.byte_size / (CHUNKS_A_SPAN * sum(member.dialable for member in members)),
+    )
+    size = usual
+    while size < CHUNK_FACTOR_MAX * usual and 2 * size <= min(wanted, CHUNK_BYTES_MAX):
+        size *= 2
+    return size
 
 
 def pieces_of(layout: Layout, spans: Sequence[int], chunk_bytes: int) -> tuple[Piece, ...]:

@@ -12,6 +12,7 @@ from moshpitd.averaging.names import Incarnation, PeerId
 from moshpitd.averaging.partition import (
     ALIGNMENT,
     NOISE_FACTOR,
+    chunk_bytes_of,
     fractions_by_rate,
     pieces_of,
     relative_rates,
@@ -255,3 +256,27 @@ def test_chunks_hold_as_many_whole_blocks_as_fit() -> None:
     layout = layout_of(float32=100 * ALIGNMENT)
     pieces = pieces_of(layout, (0, layout.elements), 3 * ALIGNMENT * 4 + 5)
     assert {piece.stop - piece.start for piece in pieces[:-1]} == {3 * ALIGNMENT}
+
+
+# ---- chunks
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("vector_mb", "rates", "expected"),
+    [
+        (64, [0.0, 0.0, 0.0, 0.0], MIB),  # nothing is known
+        (64, [1e9, 1e9, 1e9, 1e9], 4 * MIB),
+        (64, [1e9, 1e9, 1e9, 3e8], 2 * MIB),
+        (64, [1e9, 1e9, 1e9, 1.2e7], MIB),  # one slow line: its chunks are in the way for long enough
+        (64, [1e9, 1e9, 1e9, 0.0], MIB),
+        (8, [1e9, 1e9], MIB),  # small spans: better several chunks that overlap
+        (16, [1e9, 1e9], 2 * MIB),
+        (1000, [1e10, 1e10], 4 * MIB),
+    ],
+)
+def test_chunks_are_larger_where_every_line_is_fast(vector_mb: int, rates: list[float], expected: int) -> None:
+    layout = layout_of(float32=vector_mb * 250_000)
+    assert chunk_bytes_of(layout, members_with(rates), MIB) == expected
