@@ -48,6 +48,8 @@ class Terms:
     normalise: str = "weights"
     transport: str = "reliable"
     protocol: int = PROTOCOL_VERSION
+    averaging: str = "synchronous"
+    """Whether peers wait for each other, and if not, how they do without."""
 
     @property
     def digest(self) -> bytes:

@@ -33,6 +33,7 @@ from moshpitd.averaging.effects import (
     Withdraw,
 )
 from moshpitd.averaging.errors import RemoteProtocolError, SessionError
+from moshpitd.averaging.machine import Machine, machine_for
 from moshpitd.averaging.messages import (
     Address,
     Begin,
@@ -56,7 +57,7 @@ from moshpitd.averaging.messages import (
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, digest, short
 from moshpitd.averaging.receipt import Receipt
-from moshpitd.averaging.session import Call, Session, SessionConfig, SessionOptions, Whereabouts
+from moshpitd.averaging.session import Call, SessionConfig, SessionOptions, Whereabouts
 from moshpitd.averaging.vector import Vector
 from moshpitd.simulation.clock import Clock
 from moshpitd.simulation.directory import Directory
@@ -98,7 +99,7 @@ class Peer:
     name: str
     id: PeerId
     incarnation: Incarnation
-    machine: Session
+    machine: Machine
     dialable: bool
     alive: bool = True
     died_at: float = 0.0
@@ -217,7 +218,7 @@ class Swarm:
         incarnation = Incarnation(self.rng.getrandbits(64))
         here = Whereabouts(SWARM, peer_id, incarnation, Address(f"{name}:1"), dialable)
         rng = random.Random(self.rng.getrandbits(64))
-        machine = Session(options, config or self.config, here, Seals(peer_id), rng, last_k=last_k, now=self.now)
+        machine = machine_for(options, config or self.config, here, Seals(peer_id), rng, last_k=last_k, now=self.now)
         peer = Peer(name, peer_id, incarnation, machine, dialable)
         self.peers[peer_id] = peer
         if link:
