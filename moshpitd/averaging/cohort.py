@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import combinations_with_replacement
 
 from moshpitd.averaging.errors import InvalidInput
-from moshpitd.averaging.grid import AXES_MAX
+from moshpitd.averaging.grid import AXES_MAX, Cell, line_of
 from moshpitd.averaging.messages import Group, Member
 from moshpitd.averaging.names import GroupId, Key, PeerId, Rank, digest
 from moshpitd.averaging.partition import spans_of
@@ -125,6 +125,11 @@ class Cohort:
         self._key = group.key
         self._ranks = {member.peer: Rank(rank) for rank, member in enumerate(self.members)}
         self.rank = self._ranks[me]
+        cells = [self.cell(rank) for rank in range(len(self.members))]
+        self._lines = tuple(
+            tuple(Rank(r) for r, cell in enumerate(cells) if line_of(cell, axis) == line_of(cells[self.rank], axis))
+            for axis in range(len(self.sides))
+        )
 
     def __contains__(self, peer: PeerId) -> bool:
         return peer in self._ranks
@@ -150,7 +155,7 @@ class Cohort:
             yield ring[(at + step) % len(ring)]
             step *= 2
 
-    def cell(self, rank: int) -> tuple[int, ...]:
+    def cell(self, rank: int) -> Cell:
         cell = []
         for side in self.sides:
             rank, coordinate = divmod(rank, side)
@@ -159,10 +164,7 @@ class Cohort:
 
     def line(self, version: int) -> tuple[Rank, ...]:
         """Those who add up their models in this version, outcasts included: all compute the same."""
-        axis = version % len(self.sides)
-        ours = self.cell(self.rank)
-        cells = ((Rank(rank), self.cell(rank)) for rank in range(len(self.members)))
-        return tuple(r for r, c in cells if c[:axis] + c[axis + 1 :] == ours[:axis] + ours[axis + 1 :])
+        return self._lines[version % len(self.sides)]
 
     def group_id(self, version: int) -> GroupId:
         return GroupId(digest("version", self.id, version, *self.line(version))[:16])

@@ -1047,7 +1047,7 @@ class Session:
                 Leave(hail.key, HAILED, *self._can_be_met()),
             )
         elif (self._current and self._current.k == hail.k and self._current.j < hail.j) or (
-            self._current is None and now < self._promised_until
+            self._current is None and now < self._promised_until and not self._is_past(hail.k, hail.j)
         ):
             self._tell(sender, self._members.address_of(sender), Coming(hail.key, hail.k, hail.j))
         elif matchmaking is not None:

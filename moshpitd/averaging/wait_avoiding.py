@@ -2,17 +2,17 @@
 
 Knows how versions run: any trainer that posts version t activates it for all, and every daemon puts in its trainer's
 last posted model, stale or not. A trainer that came in time gets sum / S; one that finds a sum with a stale model of
-its own gets (sum + W') / (S + 1) and goes on from there. Every tau versions everybody waits for everybody: a barrier, the
-mean over all. The barrier is one averaging of an ordinary flat Session, which brings all that finding peers needs, and
-its group is the next cohort. Does not know sockets, threads, clocks, or how a barrier comes about.
+its own gets (sum + W') / (S + 1) and goes on from there. Every tau versions everybody waits for everybody: a barrier,
+the mean over all. The barrier is one averaging of an ordinary flat Session, which brings all that finding peers needs,
+and its group is the next cohort. Does not know sockets, threads, clocks, or how a barrier comes about.
 
-| state     | means                                                  | left by                                          |
-|-----------|--------------------------------------------------------|--------------------------------------------------|
-| OUT       | in no cohort                                           | start() -> BARRIER                               |
-| BARRIER   | our trainer waits in the barrier's averaging           | a group -> COMPUTING; alone -> OUT; failed: back |
-| COMPUTING | our trainer computes, the daemon puts in its last post | start() -> CALLED; cast out -> OUT               |
-| CALLED    | our trainer waits for a version, or for a merge        | served -> COMPUTING; barrier next -> BARRIER     |
-| CLOSED    | the session left                                       | (none)                                           |
+| state     | means                                                  | left by                                         |
+|-----------|--------------------------------------------------------|-------------------------------------------------|
+| OUT       | in no cohort                                           | start() -> BARRIER                              |
+| BARRIER   | our trainer waits in the barrier's averaging           | group -> COMPUTING; alone -> OUT; failed: back  |
+| COMPUTING | our trainer computes, the daemon puts in its last post | start() -> CALLED; cast out -> OUT              |
+| CALLED    | our trainer waits for a version, or for a merge        | served -> COMPUTING; barrier next -> BARRIER    |
+| CLOSED    | the session left                                       | (none)                                          |
 
 Versions are numbered through: barrier k is version k * tau, the cohort it makes runs the tau - 1 that follow. They run
 one after the other, each once; any message of version t activates t. The group of a version needs no matchmaking: all
@@ -208,6 +208,8 @@ class WaitAvoiding:
         self._early_words: dict[PeerId, deque[CohortMessage]] = {}
         """Of a cohort that we may be about to be in."""
         self._returned_at: float | None = None
+        self._is_missed = False
+        """A version ran without our trainer since its last call."""
         self._steps_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         """How long our trainer computed."""
         self._promised_until: float | None = None
@@ -486,6 +488,7 @@ class WaitAvoiding:
             self._serve(calling, now)
         elif self._is_pending() and now >= self._hold_until:
             self._counts["passive"] += 1
+            self._is_missed = True
             self._begin_version(self._finished + 1, self._free_result(), now)
         else:
             return False
@@ -592,6 +595,7 @@ class WaitAvoiding:
         self._counts[receipt.version.kind] += 1
         self._counts["skipped"] += receipt.version.skipped
         self._last_version = receipt.version.version
+        self._is_missed = False
         self._returned_at = now
         self._become(state)
         self._keep_promise(now)
@@ -603,10 +607,13 @@ class WaitAvoiding:
         self._become(State.COMPUTING if self._cohort else State.OUT)
         self._effects += [Log(f"averaging failed: {error}"), Failed(error)]
 
-    _last_version = 0
+    _last_version: int | None = None
+    """Of the last call."""
 
     def _skipped(self, version: int) -> int:
-        return 0 if self._avoidance.lockstep else max(0, version - self._last_version - 1)
+        if self._avoidance.lockstep or self._last_version is None:
+            return 0
+        return max(0, version - self._last_version - 1)
 
     def _keep_promise(self, now: float) -> None:
         """A trainer that is at work is waited for at the barrier."""
@@ -645,10 +652,13 @@ class WaitAvoiding:
         if not steps:  # its first step in our sight: nobody knows how long it takes
             self._hold_until = now + (config.punctual_max_s if config.punctual_share else 0.0)
             return
-        usual = steps[len(steps) // 2]
+        usual = steps[(len(steps) - 1) // 2]
         patience = min(config.punctual_max_s, config.punctual_share * usual)
         expected = self._returned_at + usual
-        if now - patience <= expected <= now + patience:
+        if expected < now - patience:
+            # Later than usual. So is whoever was the first, unless others have gone on without our trainer before.
+            self._hold_until = -math.inf if self._is_missed else now + patience
+        elif expected <= now + patience:
             self._hold_until = min(now, expected) + patience
 
     def _begin_version(self, version: int, result: Vector, now: float) -> None:
@@ -919,7 +929,7 @@ class WaitAvoiding:
         cohort = Cohort(GroupId(receipt.rounds[-1].group_id), group, gone, me, self._avoidance.group_size)
         number = receipt.epoch * tau
         contributors = tuple(ContributorLine(member.peer, number) for member in cohort.members if member.weight > 0)
-        skipped = self._skipped(number) if self._last_version else 0
+        skipped = self._skipped(number)
         version = VersionReceipt(number, "barrier", not receipt.joined, 0, skipped, contributors, cohort.id)
         self._cohort = cohort
         self._finished = self._activated = self._own = number
