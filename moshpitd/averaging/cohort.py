@@ -12,7 +12,7 @@ versions; where no product fits, some lines are shorter, and a sum counts those 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations_with_replacement
@@ -113,11 +113,13 @@ class CohortStatus:
 class Cohort:
     """The members of one barrier until the next. `me` is one of them."""
 
-    def __init__(self, cohort_id: GroupId, group: Group, gone: Collection[PeerId], me: PeerId, group_size: int) -> None:
-        """`group`: the barrier's, of which `gone` were dropped."""
+    def __init__(
+        self, cohort_id: GroupId, group: Group, members: tuple[Member, ...], me: PeerId, group_size: int
+    ) -> None:
+        """`group`: the barrier's, `members`: those of it who committed, by rank."""
         self.id = cohort_id
         self.k = group.k
-        self.members = tuple(member for member in group.members if member.peer not in gone)
+        self.members = members
         self.sides = cohort_sides(len(self.members), group_size)
         self.outcasts: dict[PeerId, str] = {}
         self._me = me

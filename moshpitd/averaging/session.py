@@ -60,6 +60,7 @@ from moshpitd.averaging.messages import (
     Coming,
     Contributing,
     Farewell,
+    Group,
     Hail,
     Heartbeat,
     Holdings,
@@ -542,6 +543,10 @@ class Session:
     def holds(self, vector: Vector) -> bool:
         """Whether the trainer must not write here: into a contribution not before its call has ended."""
         return self.may_write_to(vector) or self.contribution is vector
+
+    def survivors_of(self, group: Group) -> tuple[Member, ...]:
+        """Who committed with us in a group that has just ended."""
+        return tuple(group.members[rank] for rank in self._reductions[group.group_id].survivors)
 
     def may_write_to(self, vector: Vector) -> bool:
         """Whether a job that is still under way may."""

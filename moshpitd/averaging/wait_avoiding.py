@@ -910,6 +910,7 @@ class WaitAvoiding:
                         self._end_barrier(receipt, self._barrier.result, now)
                     case Failed(error=error):
                         assert isinstance(error, SessionError)
+                        self._early_words.clear()
                         self._fail(error, now)
                     case _:
                         self._effects.append(effect)
@@ -925,8 +926,8 @@ class WaitAvoiding:
             return
         assert group is not None
         assert self._posts.newest is not None
-        gone = {line.peer for line in receipt.rounds[-1].dropped}
-        cohort = Cohort(GroupId(receipt.rounds[-1].group_id), group, gone, me, self._avoidance.group_size)
+        members = self._barrier.survivors_of(group)
+        cohort = Cohort(GroupId(receipt.rounds[-1].group_id), group, members, me, self._avoidance.group_size)
         number = receipt.epoch * tau
         contributors = tuple(ContributorLine(member.peer, number) for member in cohort.members if member.weight > 0)
         skipped = self._skipped(number)

@@ -82,6 +82,8 @@ class StepsReport(Report):
     group_size: int = 0
     step_ms: float = 0.0
     """Virtual time by versions run."""
+    own_step_ms: float = 0.0
+    """Virtual time by the steps a trainer made itself: more than `step_ms` where late ones are skipped over."""
     computed_ms: float = 0.0
     """What the trainers computed in a step, on average."""
     call_ms_p50: float = 0.0
@@ -142,9 +144,9 @@ class Stragglers:
             self.swarm.network.bytes_scale = options.vector_bytes / (4 * options.elements)
         self._liveness = Liveness()
         self.checkers: list[Checker] = [self._liveness, Bounds(), Leaks()]
+        self._ages = Staleness(options.barrier_every)
         if self._avoidance:
-            tau = options.barrier_every
-            self.checkers += [Staleness(tau), OnceEach(tau), EqualAfterBarrier(), UntornPosts()]
+            self.checkers += [self._ages, OnceEach(), EqualAfterBarrier(), UntornPosts()]
         self.swarm.observers += self.checkers
         self.trainers: list[Trainer] = []
         self._noise = np.random.default_rng([options.seed, 0xDA7A])
@@ -179,6 +181,8 @@ class Stragglers:
             report.looked[checker.name] = checker.looked
             report.complaints += checker.complaints
         report.complaints += [f"protocol: {error}" for error in swarm.protocol_errors]
+        if self._ages.untold:
+            report.windows["age of a model untold"] = self._ages.untold
         report.messages_per_peer = sum(swarm.network.messages.values()) / len(swarm.peers)
         report.bytes_per_peer = sum(swarm.network.bytes.values()) / len(swarm.peers)
         report.virtual_s, report.events = swarm.now, swarm.clock.events
@@ -271,6 +275,7 @@ class Stragglers:
         steps = sum(trainer.steps for trainer in trainers)
         report.versions = self._versions
         report.step_ms = 1e3 * (self.swarm.now - self._began_at) / max(1, self._versions)
+        report.own_step_ms = 1e3 * (self.swarm.now - self._began_at) * len(trainers) / max(1, steps)
         report.computed_ms = 1e3 * sum(trainer.computed_s for trainer in trainers) / max(1, steps)
         report.call_ms_p50, report.call_ms_p99 = (float(np.percentile(calls_ms, q)) for q in (50, 99))
         report.steps_made = steps / len(trainers)

@@ -22,8 +22,8 @@ COHORT = GroupId(b"a cohort on pap.")
 def cohorts(peers: int, group_size: int, gone: tuple[PeerId, ...] = ()) -> dict[PeerId, Cohort]:
     """The same cohort as each member sees it."""
     group = group_of([Vector.empty(LAYOUT)] * peers)
-    members = [member.peer for member in group.members if member.peer not in gone]
-    return {one: Cohort(COHORT, group, gone, one, group_size) for one in members}
+    members = tuple(member for member in group.members if member.peer not in gone)
+    return {one.peer: Cohort(COHORT, group, members, one.peer, group_size) for one in members}
 
 
 @pytest.mark.parametrize(
