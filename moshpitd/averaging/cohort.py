@@ -83,8 +83,8 @@ class CohortConfig:
     trainer is about to post: else nobody but the first would ever be fresh. 0: never, as in the paper."""
     punctual_max_s: float = 0.05
     """... and never longer than this: the others wait meanwhile."""
-    version_budget_s: float = 30.0
-    """A version that takes longer is given up. Members that do not move are found out much sooner."""
+    version_budget_s: float = 600.0
+    """A version that takes longer is given up. Members that do not move are found out within seconds."""
     trainer_patience_s: float = 20.0
     """A barrier waits so long for a trainer that does not call while its daemon lives."""
     trainer_patience_factor: float = 4.0

@@ -29,6 +29,7 @@ import math
 import random
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import assert_never
@@ -262,7 +263,7 @@ class WaitAvoiding:
         self._barrier.promise(-math.inf, now)
         if self.state is State.BARRIER:
             self._barrier.abandon(now)
-        else:
+        elif self._calling.merge is None:
             self._fail(Unavailable("the trainer is gone"), now)
         self._step(now)
 
@@ -371,15 +372,20 @@ class WaitAvoiding:
         if self._promised_until is not None and now >= self._promised_until:
             self._promised_until = None
             self._barrier.promise(-math.inf, now)
-        if self.state is State.CALLED and self._calling and now >= self._calling.deadline:
+        if self._is_overdue(now):
             version = self._running.version if self._running else self._finished + 1
             self._finish_alone(f"version {version} had not ended when the caller's time was up", now)
         self._step(now)
 
+    def _is_overdue(self, now: float) -> bool:
+        """A merge is no matter of waiting, and its jobs write into the caller's buffer."""
+        calling = self._calling
+        return self.state is State.CALLED and calling is not None and not calling.merge and now >= calling.deadline
+
     def next_deadline(self) -> float | None:
         moments = [self._barrier.next_deadline(), self._promised_until]
         moments += [reduction.next_deadline() for reduction in self._reductions.values()]
-        if self.state is State.CALLED and self._calling:
+        if self.state is State.CALLED and self._calling and not self._calling.merge:
             moments.append(self._calling.deadline)
         if self._is_held_back():
             moments.append(self._hold_until)
@@ -843,7 +849,7 @@ class WaitAvoiding:
     def _cast_out(self, peer: PeerId, why: str, now: float, *, flood: bool = True) -> None:
         """For good, in this cohort: tell those who may not know, and do not wait for it."""
         cohort, running = self._cohort, self._running
-        if cohort is None or not cohort.cast_out(peer, why):
+        if cohort is None or peer == self._here.peer or not cohort.cast_out(peer, why):
             return
         self._effects.append(Log(f"cohort of {len(cohort.members)}: {short(peer)} is out: {why}"))
         for member in cohort.neighbours() if flood else ():
@@ -942,8 +948,9 @@ class WaitAvoiding:
         self._conclude(replace(receipt, version=version), result, State.COMPUTING, now)
         for sender, words in early.items():
             for word in words:
-                if word.cohort == cohort.id and sender in cohort:
-                    self._receive_word(word, sender, now)
+                with suppress(RemoteProtocolError):  # not the fault of whose message is being received
+                    if word.cohort == cohort.id:
+                        self._receive_word(word, sender, now)
 
     # ---- small things
 

@@ -15,6 +15,7 @@ from moshpitd.averaging.vector import Vector
 from moshpitd.simulation.checkers.wait_avoidance import EqualAfterBarrier, OnceEach, Staleness
 from moshpitd.simulation.stragglers import StepsReport, Straggler, Stragglers, StragglersOptions
 from moshpitd.simulation.swarm import Ending, Observer, Peer
+from tests.simulation.wait_avoiding_storm import Storm
 
 TWO_SLOW = (Straggler(2, 0.32),)
 ON_TIME = StragglersOptions(steps=40)
@@ -148,3 +149,12 @@ class _Groups(Observer):
 
     def group_began(self, *what: object) -> None:
         self._seen.append(what)
+
+
+@pytest.mark.parametrize("seed", [*range(5), 58])
+def test_everything_goes_wrong_that_may_and_then_all_are_one_cohort_again(seed: int) -> None:
+    """58: a late second group named one of its own members as absent."""
+    found = Storm(seed).run()
+    assert found.complaints == []
+    assert found.looked["staleness"] > 100
+    assert found.reunited_s < 30.0
