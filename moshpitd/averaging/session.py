@@ -37,7 +37,7 @@ from moshpitd.averaging.errors import (
     SessionError,
     Unavailable,
 )
-from moshpitd.averaging.grid import WEIGHT_MAX, Cell, Plan, Terms, carried_weight, grid_key, session_key
+from moshpitd.averaging.grid import IN_STEP, WEIGHT_MAX, Cell, Plan, Terms, carried_weight, grid_key, session_key
 from moshpitd.averaging.matchmaking import (
     HAILED,
     Candidate,
@@ -292,7 +292,7 @@ class Session:
     ) -> None:
         options.check()
         self.options = options
-        averaging = options.wait_avoidance.term if options.wait_avoidance else "synchronous"
+        averaging = options.wait_avoidance.term if options.wait_avoidance else IN_STEP
         self.terms = Terms(options.layout.digest, options.rounds, options.codec, averaging=averaging)
         self.key = session_key(here.swarm, options.name)
         self.state = State.IDLE
