@@ -52,6 +52,7 @@ from moshpitd.averaging.messages import (
     Group,
     Heartbeat,
     Holdings,
+    Member,
     Message,
     Outcast,
     Ready,
@@ -316,7 +317,7 @@ class WaitAvoiding:
             else:
                 self._lost.add(peer)
                 member = next(member for member in cohort.live if member.peer == peer)
-                self._tell(peer, member.address, Activation(cohort.id, self._activated))
+                self._tell_member(member, Activation(cohort.id, self._activated))
         self._step(now)
 
     def roster_received(self, key: Key, sightings: list[Sighting[Record]], now: float) -> None:
@@ -647,7 +648,7 @@ class WaitAvoiding:
         if self._finished + 1 == version:
             self._hold_back(now)
         for member in cohort.neighbours():
-            self._tell(member.peer, member.address, Activation(cohort.id, version))
+            self._tell_member(member, Activation(cohort.id, version))
 
     def _hold_back(self, now: float) -> None:
         """Until when the next version waits for our trainer, which may be about to post."""
@@ -695,7 +696,7 @@ class WaitAvoiding:
         self._running = Running(version, reduction, post, post.version, result, now)
         for member in group.members:
             if member.peer != self._here.peer and member.peer not in cohort.outcasts:
-                self._tell(member.peer, member.address, Contributing(cohort.id, version, post.version))
+                self._tell_member(member, Contributing(cohort.id, version, post.version))
         for number, member in enumerate(group.members):
             if member.peer in cohort.outcasts:
                 reduction.suspect(Rank(number), cohort.outcasts[member.peer], now)
@@ -853,7 +854,7 @@ class WaitAvoiding:
             return
         self._effects.append(Log(f"cohort of {len(cohort.members)}: {short(peer)} is out: {why}"))
         for member in cohort.neighbours() if flood else ():
-            self._tell(member.peer, member.address, Outcast(cohort.id, peer, why))
+            self._tell_member(member, Outcast(cohort.id, peer, why))
         rank = running.reduction.group.rank_of(peer) if running else None
         if running and rank is not None and not running.reduction.finished:
             running.reduction.suspect(rank, why, now)
@@ -953,6 +954,10 @@ class WaitAvoiding:
                         self._receive_word(word, sender, now)
 
     # ---- small things
+
+    def _tell_member(self, member: Member, message: CohortMessage) -> None:
+        """One that nobody can dial hears it where it dialled us before."""
+        self._tell(member.peer, member.address if member.dialable else "", message)
 
     def _tell(self, peer: PeerId, address: str, message: Message) -> None:
         self._effects.append(Send(peer, address, message))

@@ -208,6 +208,45 @@ def test_a_lost_activation_is_made_good_by_any_message_of_its_version() -> None:
     assert {ending.told.outcome for ending in endings.values()} == {Outcome.COMPLETE}
 
 
+def test_two_that_nobody_can_dial_average_over_those_that_can_be() -> None:
+    swarm = Swarm(0, config=CONFIG)
+    options = options_for(np.zeros(9, np.float32), wait_avoidance=WaitAvoidance(4, 10), min_peers=4)
+    peers = [swarm.open(f"p{number}", options, dialable=number > 1) for number in range(4)]
+    swarm.run_for(1.0)
+    for step in range(3):
+        calls = {p: (Vector.of({"w": np.full(9, float(n), np.float32)}), CALL) for n, p in enumerate(peers)}
+        endings = swarm.average(calls)
+        assert kinds(endings) == {"fresh" if step else "barrier"} and bits(endings) == 1
+        assert endings[peers[0]].values.tolist() == [1.5] * 9
+        swarm.run_for(1.0)
+
+
+def test_a_trainer_that_stops_waiting_leaves_its_model_in_the_sum() -> None:
+    cohort = Cohort(4, 4)
+    cohort.step()
+    impatient, others = cohort.peers[0], cohort.peers[1:]
+    cohort.post(impatient)
+    cohort.swarm.abandon(impatient)
+    assert isinstance(impatient.endings[-1].error, Unavailable)
+    endings = cohort.step(others)
+    assert {ending.told.outcome for ending in endings.values()} == {Outcome.COMPLETE}
+    lines = {line.peer: line.posted for line in told(endings[others[0]]).contributors}
+    assert impatient.id in lines
+
+
+def test_a_call_does_not_outlast_its_time() -> None:
+    """A daemon of its line stands still; a caller with little time gets its own model back, and is told why."""
+    cohort = Cohort(4, 2, min_peers=2)
+    cohort.step()
+    cohort.swarm.pause(cohort.peers[0])
+    vectors = {peer: Vector.of({"w": np.full(ELEMENTS, 3.0, np.float32)}) for peer in cohort.peers[1:]}
+    endings = cohort.swarm.average({peer: (vector, Call(timeout_s=1.0)) for peer, vector in vectors.items()})
+    assert seconds(endings) < 1.001
+    alone = [ending for ending in endings.values() if told(ending).kind == "alone"]
+    assert len(alone) == 1 and "had not ended when the caller's time was up" in alone[0].told.why
+    assert alone[0].values.tolist() == [3.0] * ELEMENTS
+
+
 def test_a_broken_connection_is_no_death() -> None:
     cohort = Cohort(4)
     cohort.swarm.cut(cohort.peers[0], cohort.peers[1])
