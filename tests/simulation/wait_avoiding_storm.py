@@ -69,6 +69,8 @@ class Storm:
             min_peers=self._group_size,
             joining=dice.choice(["receive", "contribute"]),
         )
+        self._hidden = seed % 2 == 1
+        """One of four cannot be dialled."""
         self._opened = 0
         self._met: defaultdict[bytes, set[Peer]] = defaultdict(set)
         self._whole = 0
@@ -98,10 +100,12 @@ class Storm:
 
     def _let_in(self, restarted: Peer | None) -> None:
         if restarted is None:
-            peer = self.swarm.open(f"p{self._opened}", self._options)
+            dialable = not self._hidden or self._opened % 4 > 0
+            peer = self.swarm.open(f"p{self._opened}", self._options, dialable=dialable)
             self._opened += 1
         else:
-            peer = self.swarm.open(restarted.name, self._options, last_k=restarted.machine.last_k)
+            last_k, dialable = restarted.machine.last_k, restarted.dialable
+            peer = self.swarm.open(restarted.name, self._options, last_k=last_k, dialable=dialable)
         pace_s = self.dice.uniform(0.1, 1.0)
         draw = lambda: (self._model(), Call(timeout_s=self.dice.choice([5.0, 20.0])))  # noqa: E731
         self.swarm.train(peer, draw, pause=(pace_s / 2, pace_s))
