@@ -41,7 +41,7 @@ PRESETS: Mapping[Preset, Mapping[str, Mapping[str, Scalar]]] = {
 """What a kind of network changes in the rooms' own defaults. Nothing is assumed of `wan`: it is the defaults. Nearer
 peers are asked more often, because asking is cheap there; retransmission stays, because a busy machine is no nearer."""
 
-ROOMS = ("local", "driver", "peer", "directory", "session", "matchmaking", "all_reduce", "telemetry")
+ROOMS = ("local", "household", "driver", "peer", "directory", "session", "matchmaking", "all_reduce", "telemetry")
 """Tables the file may hold: one for each room with a config dataclass of its own."""
 
 _T = TypeVar("_T")
@@ -105,6 +105,8 @@ class Config:
     """How chunks travel between peers: auto = plain TCP where both offer it and it can be reached, else gRPC."""
     bulk_port: int
     """Where the plain TCP path listens; 0 = any free port."""
+    bulk_announce: int
+    """The port that others are to dial for it, where a port mapping gives it another number; 0 = bulk_port."""
     vector_bytes_max: int
     """The largest vector a trainer may hand in; the guard of this machine's memory."""
     shared_memory_dir: str
@@ -160,6 +162,7 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Config:
         drain_timeout_s=layers.one("drain_timeout", _seconds, 20.0),
         transport=layers.one("transport", _one_of("auto", "grpc", "tcp"), "auto"),
         bulk_port=layers.one("bulk_port", _port, 0),
+        bulk_announce=layers.one("bulk_announce", _port, 0),
         vector_bytes_max=layers.one("vector_bytes_max", _bytes, 4 << 30, "4GiB"),
         shared_memory_dir=layers.one("shared_memory_dir", _shared_memory_dir, "auto"),
         log_level=layers.one("log_level", _one_of("debug", "info", "warning", "error"), "info"),

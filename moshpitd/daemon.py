@@ -1,6 +1,7 @@
 """The composition root: builds the rooms, opens them in order, closes them in reverse, and minds signals.
 
-    identity -> data directory's lock -> peer door (TCP) -> directory (UDP, same number) -> driver -> local door -> HTTP
+    identity -> data directory's lock -> peer door (TCP) -> directory (UDP, same number) -> driver -> households
+    -> local door -> HTTP
 
 Knows every room's face and no room's inside. The only place that turns whatever stops a daemon from starting into a
 message and an exit code.
@@ -33,12 +34,14 @@ import moshpitd
 from moshpitd import allocator
 from moshpitd.averaging.all_reduce import AllReduceConfig
 from moshpitd.averaging.grid import format_sides
+from moshpitd.averaging.household import HouseholdConfig
 from moshpitd.averaging.matchmaking import MatchmakingConfig
 from moshpitd.averaging.names import short
 from moshpitd.averaging.session import SessionConfig
 from moshpitd.config import Config, ConfigError, ConfigValue, Endpoint
 from moshpitd.directory import Address, AddressError, DatagramSocket, Directory, DirectoryConfig, PortInUse, resolve
 from moshpitd.driver import Driver, DriverConfig
+from moshpitd.households import Households
 from moshpitd.identity import Identity, IdentityError
 from moshpitd.local.claim import ClaimError
 from moshpitd.local.server import LocalConfig, LocalServer
@@ -78,6 +81,7 @@ class Daemon:
     announce_at: Endpoint
     directory: Directory
     driver: Driver
+    bulk_port: int = 0
     version: str = moshpitd.__version__
     pid: int = field(default_factory=os.getpid)
     started_at: float = field(default_factory=time.monotonic)
@@ -116,6 +120,14 @@ class Daemon:
     def dialable(self) -> bool | None:
         """Whether other peers can dial us, as one of them told the driver."""
         return self.driver.dialable
+
+    @property
+    def up_bytes_s(self) -> float:
+        return self.driver.link.up_bytes_s
+
+    @property
+    def down_bytes_s(self) -> float:
+        return self.driver.link.down_bytes_s
 
     @property
     def uptime_s(self) -> float:
@@ -223,13 +235,15 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
             directory=directory,
             peer_door=peer_door,
             announce=str(announce_at),
+            announce_bulk_port=peer_door.bulk_port and (config.bulk_announce or peer_door.bulk_port),
             session_config=session_config,
             config=config.room("driver", DriverConfig),
         )
         stack.push_async_callback(driver.close)
         await peer_door.serve(driver)
-        daemon = Daemon(identity, config, listen_at, announce_at, directory, driver)
-        local = await LocalServer.open(config.socket, driver, daemon, local_config)
+        daemon = Daemon(identity, config, listen_at, announce_at, directory, driver, peer_door.bulk_port)
+        households = Households(driver, config.room("household", HouseholdConfig))
+        local = await LocalServer.open(config.socket, households, daemon, local_config)
         stack.push_async_callback(local.close, CLOSE_GRACE_S)
         if config.http is not None:
             counters.gauge("ready", lambda: daemon.ready)

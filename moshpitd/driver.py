@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +43,7 @@ from moshpitd.averaging.errors import (
     SessionNotFound,
     Unavailable,
 )
+from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.messages import Address, Chunk, Message, Record, Sighting
 from moshpitd.averaging.names import GroupId, Key, PeerId, Rank, short
 from moshpitd.averaging.receipt import Receipt
@@ -129,6 +130,7 @@ class Driver:
         directory: Directory,
         peer_door: PeerDoor,
         announce: str,
+        announce_bulk_port: int = 0,
         session_config: SessionConfig,
         config: DriverConfig | None = None,
         rng: random.Random | None = None,
@@ -140,7 +142,7 @@ class Driver:
         self._session_config = session_config
         self._rng = rng or random.Random(random.SystemRandom().getrandbits(128))
         self._here = Whereabouts(
-            swarm_id, identity.peer_id, identity.incarnation, Address(announce), True, peer_door.bulk_port
+            swarm_id, identity.peer_id, identity.incarnation, Address(announce), True, announce_bulk_port
         )
         self._credentials = SigningCredentials(identity, swarm_id)
         self._pool = ThreadPoolExecutor(self._config.threads, thread_name_prefix="moshpitd-compute")
@@ -152,6 +154,8 @@ class Driver:
         self._draining = False
         self._opened = 0
         self._ended = 0
+        self.link = LinkRates()
+        """What the rounds of all sessions showed of this machine's line."""
         self.dialable: bool | None = None
         """Whether another peer could dial us; None while nobody tried."""
         self._dialable_known = asyncio.Event()
@@ -170,13 +174,20 @@ class Driver:
         taken = next((r for r in self._running.values() if r.machine.options.name == options.name), None)
         if taken is not None:
             raise Precondition(
-                f"session {options.name!r} is already open on this daemon: one trainer a session; "
-                "wait until it is closed, or give this one another name"
+                f"session {options.name!r} is just being closed on this daemon, its last averaging is finished for the "
+                "others: try again in a moment, or give this one another name"
             )
         loop = asyncio.get_running_loop()
         last_k = self._last_k.get((options.name, options.layout.digest), -1)
         machine = Session(
-            options, self._session_config, self._here, self._credentials, self._rng, last_k=last_k, now=loop.time()
+            options,
+            self._session_config,
+            self._here,
+            self._credentials,
+            self._rng,
+            self.link,
+            last_k=last_k,
+            now=loop.time(),
         )
         self._opened += 1
         running = Running(f"{options.name}-{self._opened}", machine, self)
@@ -226,6 +237,28 @@ class Driver:
             running.feed(running.machine.abandon)
             ending.add_done_callback(lambda done: done.exception())  # nobody asks for it any more
             raise
+
+    def is_free(self, session_id: str, spare: Vector) -> bool:
+        """Whether nothing that is still under way in this session may write to this buffer."""
+        running = self._running.get(session_id)
+        return running is not None and running.machine.is_free(spare)
+
+    async def run_jobs(self, jobs: Iterable[Callable[[], None]], total_bytes: int) -> None:
+        """Do all, in any order: on the loop, with its turn between two, if they are little in all, else in threads."""
+        if total_bytes <= self._config.inline_bytes_max:
+            for job in jobs:
+                job()
+                await asyncio.sleep(0)
+            return
+        loop, left = asyncio.get_running_loop(), iter(jobs)
+
+        async def work() -> None:
+            for job in left:
+                await loop.run_in_executor(self._pool, job)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._config.threads):
+                group.create_task(work())
 
     async def _once_ready(self, call: Call, progress: Callable[[ProgressNote], None]) -> Call:
         """Wait until the daemon found its swarm; returns the call with the time that is left."""

@@ -24,7 +24,6 @@ a later view re-serves exactly those values.
 from __future__ import annotations
 
 import math
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,15 +32,19 @@ from functools import partial
 from typing import assert_never
 
 import numpy as np
+from xxhash import xxh3_64_digest
 
-from moshpitd.averaging.codecs import Codec
+from moshpitd.averaging.codecs import Codec, Coding
+from moshpitd.averaging.compressors.stages import Operation
 from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
+from moshpitd.averaging.link import Arrival, Measure, Transfers
 from moshpitd.averaging.messages import Chunk, Group, Heartbeat, Holdings, Ready, ReductionMessage, Suspect, View
 from moshpitd.averaging.names import Rank, digest, short
 from moshpitd.averaging.partition import ALIGNMENT, Piece, pieces_of
 from moshpitd.averaging.receipt import DroppedLine, SpanLine
 from moshpitd.averaging.vector import DTYPES, Floats, Vector, first_non_finite
+from moshpitd.averaging.weighted_mean import scaled_weights, weighted_mean, weighted_sum
 
 NOT_HELD = -1
 
@@ -91,8 +94,13 @@ class AllReduce:
         config: AllReduceConfig,
         now: float,
         deadline: float = math.inf,
+        operation: Operation = Operation.MEAN,
+        unsent: Vector | None = None,
     ) -> None:
-        """`deadline`: when our own caller's time is up; the group's budget may end a message's way later."""
+        """`deadline`: when our own caller's time is up; the group's budget may end a message's way later. `operation`:
+        what is made of the contributions; in sums everybody counts, whatever it weighs. `unsent`: zeros, where what a
+        lossy codec leaves out is written: of what we contribute to others, and of the averages we make, these times
+        the group's weight by ours, so that we alone can make up for them."""
         self.group = group
         self.rank = rank
         self.state = State.EXCHANGING
@@ -109,7 +117,10 @@ class AllReduce:
         self._effects: list[Effect] = []
 
         n = len(group.members)
-        self._weights = scaled_weights([member.weight for member in group.members])
+        self._operation = operation
+        self._unsent = unsent
+        is_mean = operation is Operation.MEAN
+        self._weights = scaled_weights([member.weight for member in group.members]) if is_mean else (1.0,) * n
         self._contributors = tuple(Rank(r) for r in range(n) if self._weights[r] > 0)
         self._pieces = pieces_of(values.layout, group.spans, group.chunk_bytes)
         self._view = 0
@@ -148,6 +159,8 @@ class AllReduce:
         self._early: list[tuple[Rank, ReductionMessage | Chunk]] = []
         """Of a view we have not heard of yet."""
         self._digest = b""
+        owed = sum(piece.reducer == rank for piece in self._pieces)
+        self._transfers = Transfers([owed if r in self._contributors else 0 for r in range(n)], now)
 
         self._deadline = min(now + group.budget_s, deadline)
         self._next_beat = now + config.heartbeat_s
@@ -231,6 +244,23 @@ class AllReduce:
     def dropped_lines(self) -> tuple[DroppedLine, ...]:
         return tuple(DroppedLine(self.group.members[rank].peer, why) for rank, why in sorted(self._dropped.items()))
 
+    def link_measures(self, now: float) -> tuple[Measure | None, Measure | None]:
+        """What this round showed of our own line, (up, down); to be asked when it has committed."""
+        members = self.group.members
+        contributed, averaged = [0] * len(members), [0] * len(members)
+        for piece in self._pieces:
+            dtype, elements = DTYPES[piece.dtype], piece.stop - piece.start
+            contributed[piece.reducer] += self._codec.contribution.encoded_bytes(dtype, elements)
+            averaged[piece.reducer] += self._codec.average.encoded_bytes(dtype, elements)
+        whole, others = sum(contributed), len(members) - 1
+        # A contribution without its own span, and the averages of that span for all others.
+        loads = [whole - own + others * average for own, average in zip(contributed, averaged, strict=True)]
+        explained_s = [
+            load / member.up_bytes_s if member.up_bytes_s > 0 else math.inf
+            for load, member in zip(loads, members, strict=True)
+        ]
+        return self._transfers.up(), self._transfers.down(explained_s, now)
+
     def fraction_done(self) -> float:
         return 1 - self._missing / max(1, len(self._pieces))
 
@@ -245,7 +275,7 @@ class AllReduce:
                 beat.moved(moved, now)
                 if self.state in (State.READY, State.COMMITTED) and {sender} <= self._ready.keys() & self._told_ready:
                     # Ready, it still waits, for our word perhaps: one is lost with its connection, or for want of one.
-                    self._tell(sender, Ready(self.group.group_id, self._view, self._digest))
+                    self._tell(sender, self._ready_for(sender))
             case Suspect(view=view, rank=rank, why=why):
                 self._check_rank(rank)
                 if view == self._view and sender in self._live and rank != sender:
@@ -264,7 +294,9 @@ class AllReduce:
                 elif view == self._view and sender in self._live:
                     self._holdings[sender] = views
                     self._assign_if_agreed(now)
-            case Ready(view=view, digest=their_digest):
+            case Ready(view=view, digest=their_digest, heard_bytes=heard_bytes, heard_s=heard_s):
+                if 0 <= heard_bytes <= self.bytes_sent and heard_s >= 0:
+                    self._transfers.report(sender, Arrival(heard_bytes, heard_s))
                 if view > self._view:
                     self._keep_early(message, sender)
                 elif view == self._view and sender in self._live:
@@ -283,6 +315,8 @@ class AllReduce:
         beat = self._beats[sender]
         beat.heard(now)
         beat.chunk(now)
+        if self._view == 0:
+            self._transfers.chunk(sender, len(chunk.payload))
         if self.finished or sender not in self._live:
             return
         if chunk.view > self._view or self.state is State.AGREEING:
@@ -290,7 +324,7 @@ class AllReduce:
         elif chunk.is_average:
             self._average_received(chunk, sender)
         else:
-            self._contribution_received(chunk, sender)
+            self._contribution_received(chunk, sender, now)
 
     def compute_finished(self, job_id: int, value: object, now: float) -> None:
         """The value of a job asked for by a Compute effect."""
@@ -343,8 +377,12 @@ class AllReduce:
     def _outgoing_contribution(self, index: int) -> Outgoing:
         piece = self._pieces[index]
         values = self._values.elements(piece.start, piece.stop)
-        self.bytes_sent += self._codec.encoded_bytes(values.dtype, len(values))
-        return Outgoing(Chunk(index, self._view, b"", is_average=False), partial(self._codec.encode, values))
+        coding = self._codec.contribution
+        self.bytes_sent += coding.encoded_bytes(values.dtype, len(values))
+        encode = partial(coding.encode, values)
+        if self._unsent is not None:
+            encode = partial(encode_noting_loss, coding, values, self._unsent.elements(piece.start, piece.stop))
+        return Outgoing(Chunk(index, self._view, b"", is_average=False), encode)
 
     def _outgoing_average(self, index: int) -> Outgoing:
         piece = self._pieces[index]
@@ -374,14 +412,17 @@ class AllReduce:
         piece = self._pieces[chunk.index]
         if chunk.is_average and chunk.decoded:
             return piece.byte_size
-        return self._codec.encoded_bytes(DTYPES[piece.dtype], piece.stop - piece.start)
+        coding = self._codec.average if chunk.is_average else self._codec.contribution
+        return coding.encoded_bytes(DTYPES[piece.dtype], piece.stop - piece.start)
 
-    def _contribution_received(self, chunk: Chunk, sender: Rank) -> None:
+    def _contribution_received(self, chunk: Chunk, sender: Rank, now: float) -> None:
         index = chunk.index
         if self._owner[index] != self.rank or self._made_in[index] != NOT_HELD:
             return  # of an older view: somebody else's piece now, or reduced already
         if sender not in self._contributors:
             raise RemoteProtocolError(f"{self._name(sender)} joined with weight 0 but sent a contribution")
+        if sender not in self._inbox[index] and self._view == 0:
+            self._transfers.contribution(sender, now)
         self._inbox[index].setdefault(sender, chunk.payload)
         self._reduce_if_complete(index)
 
@@ -410,6 +451,9 @@ class AllReduce:
             self._values.elements(piece.start, piece.stop),
             self._result.elements(piece.start, piece.stop),
             self._codec,
+            self._operation,
+            self._unsent.elements(piece.start, piece.stop) if self._unsent and self._weights[self.rank] > 0 else None,
+            self._weights[self.rank],
         )
         self._compute(index, job, piece.byte_size * len(present), partial(self._reduced, index, present, self._view))
 
@@ -450,7 +494,7 @@ class AllReduce:
             decode_average,
             piece,
             chunk.payload,
-            None if chunk.decoded else self._codec,
+            None if chunk.decoded else self._codec.average,
             self._result.elements(piece.start, piece.stop),
         )
         self._compute(index, job, piece.byte_size, partial(self._decoded, chunk, sender, self._view))
@@ -526,7 +570,11 @@ class AllReduce:
         for rank in self._heard:
             if rank not in self._told_ready and not (rank in mute and silent - {rank}):
                 self._told_ready.add(rank)
-                self._tell(rank, Ready(self.group.group_id, self._view, self._digest))
+                self._tell(rank, self._ready_for(rank))
+
+    def _ready_for(self, rank: Rank) -> Ready:
+        heard = self._transfers.heard_of(rank)
+        return Ready(self.group.group_id, self._view, self._digest, heard.size, heard.seconds)
 
     def _become_committed(self) -> None:
         assert self.state is State.READY
@@ -875,76 +923,71 @@ class Spoilt:
     why: str
 
 
-def scaled_weights(weights: Sequence[float]) -> tuple[float, ...]:
-    """Weights as float32 multiples of a power of two above their sum, so that no sum of values can overflow.
-
-    Dividing by a power of two instead of the sum itself is exact: equal and small integer weights stay exact, and lines
-    that carry the same weights split among more members still add up to the same bits.
-    """
-    total = float(np.sum(np.asarray(weights, np.float64)))
-    if total <= 0:
-        return tuple(0.0 for _ in weights)
-    _, exponent = math.frexp(total)
-    return tuple(float(np.float32(math.ldexp(weight, -exponent))) for weight in weights)
-
-
 def reduce_chunk(
     piece: Piece,
     contributions: Sequence[tuple[int, float, bytes | memoryview | None]],
     own: Floats,
     output: Floats,
     codec: Codec,
+    operation: Operation = Operation.MEAN,
+    left_out: Floats | None = None,
+    own_weight: float = 0.0,
 ) -> Reduced | Spoilt:
-    """The weighted mean of the contributions, written decoded to `output`.
+    """The weighted mean of the contributions (or their sum), written decoded to `output`.
 
-    `contributions`: (coordinate, scaled weight, code or None for one's own), by rank. Those that share a coordinate are
-    added up first: the cell they stand for then weighs the same bits whether one or two hold it. float64 is reduced in
-    float64, everything else in float32.
+    `contributions`: (coordinate, scaled weight, code or None for one's own), by rank. In a sum all weights are 1; of
+    cells, the first present of each coordinate counts, for the others hold the same. What the code lacks is written to
+    `left_out`, times the sum of the weights by `own_weight`.
     """
     dtype = DTYPES[piece.dtype]
-    wide = np.float64 if dtype == np.float64 else np.float32
     elements = piece.stop - piece.start
     decoded: list[Floats] = []
     for position, (_, _, code) in enumerate(contributions):
         try:
-            decoded.append(own if code is None else codec.decode(code, dtype, elements))
+            decoded.append(own if code is None else codec.contribution.decode(code, dtype, elements))
         except RemoteProtocolError as wrong:
             return Spoilt(position, str(wrong))
-    total: Floats | None = None
-    cell: Floats | None = None
-    scratch = np.empty(elements, wide)
-    for position, (coordinate, weight, _) in enumerate(contributions):
-        if cell is None:
-            cell = np.multiply(decoded[position], wide(weight), out=None if total is None else scratch, dtype=wide)
-        else:
-            cell += np.multiply(decoded[position], wide(weight), dtype=wide)
-        is_last_of_cell = position + 1 == len(contributions) or contributions[position + 1][0] != coordinate
-        if is_last_of_cell:
-            total = cell if total is None else np.add(total, cell, out=total)
-            cell = None
-    assert total is not None
+    parts = [
+        (coordinate, weight, values) for (coordinate, weight, _), values in zip(contributions, decoded, strict=True)
+    ]
+    if operation is Operation.MEAN:
+        total = weighted_mean(parts)
+    else:
+        total = weighted_sum(parts, one_a_coordinate=operation is Operation.SUM_OF_CELLS)
     # Weights are positive, so what is not finite anywhere is not finite in the sum: one look for all.
-    if first_non_finite(total) is not None:
+    is_finite = first_non_finite(total) is None
+    if not is_finite:
         for position, values in enumerate(decoded):
             bad = first_non_finite(values)
             if bad is not None and contributions[position][2] is not None:
                 return Spoilt(position, f"sent {values[bad]} for element {piece.start + bad}")
-    np.divide(total, wide(math.fsum(weight for _, weight, _ in contributions)), out=total)
     with np.errstate(over="ignore"):
         average = total if total.dtype == dtype else total.astype(dtype)
-    code = codec.encode(average)
-    output[:] = codec.decode(code, dtype, elements)
+    code = codec.average.encode(average)
+    # If not, our own values are to blame: there may be no code for that, and the others refuse what there is.
+    output[:] = codec.average.decode(code, dtype, elements) if is_finite else average
+    if left_out is not None:
+        lacking = np.subtract(average, output, dtype=total.dtype)
+        weights = math.fsum(weight for _, weight, _ in contributions)
+        np.multiply(lacking, total.dtype.type(weights / own_weight), out=left_out, casting="same_kind")
     return Reduced(code, checksums(output))
 
 
-def decode_average(piece: Piece, payload: bytes | memoryview, codec: Codec | None, output: Floats) -> bytes | str:
-    """Write an average to `output`; the checksum of the values, or why it is refused. `codec` None: sent decoded."""
+def encode_noting_loss(coding: Coding, values: Floats, left_out: Floats) -> bytes | memoryview:
+    """The code of a contribution; what its decoding lacks is written to `left_out`."""
+    code = coding.encode(values)
+    np.subtract(values, coding.decode(code, values.dtype, len(values)), out=left_out)
+    return code
+
+
+def decode_average(piece: Piece, payload: bytes | memoryview, coding: Coding | None, output: Floats) -> bytes | str:
+    """Write an average to `output`; the checksum of the values, or why it is refused. `coding` None: sent decoded."""
     elements = piece.stop - piece.start
-    if codec is None and len(payload) != output.nbytes:
+    if coding is None and len(payload) != output.nbytes:
         return f"served chunk {piece.index} with {len(payload)} bytes instead of {output.nbytes}"
     try:
         values = (
-            np.frombuffer(payload, output.dtype) if codec is None else codec.decode(payload, output.dtype, elements)
+            np.frombuffer(payload, output.dtype) if coding is None else coding.decode(payload, output.dtype, elements)
         )
     except RemoteProtocolError as wrong:
         return str(wrong)
@@ -956,8 +999,8 @@ def decode_average(piece: Piece, payload: bytes | memoryview, codec: Codec | Non
 
 
 def checksums(values: Floats) -> bytes:
-    """A CRC-32 for each ALIGNMENT elements. Chunks start at multiples of it, so however a vector is cut into chunks,
+    """An XXH3-64 for each ALIGNMENT elements. Chunks start at multiples of it, so however a vector is cut into chunks,
     equal values give equal checksums: groups of different sizes can be compared."""
     raw = values.view(np.uint8).data
     step = ALIGNMENT * values.dtype.itemsize
-    return b"".join(zlib.crc32(raw[at : at + step]).to_bytes(4, "big") for at in range(0, len(raw), step))
+    return b"".join(xxh3_64_digest(raw[at : at + step]) for at in range(0, len(raw), step))

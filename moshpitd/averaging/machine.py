@@ -11,6 +11,7 @@ from typing import Protocol
 
 from moshpitd.averaging.all_reduce import Outgoing
 from moshpitd.averaging.effects import Effect
+from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.membership import Credentials
 from moshpitd.averaging.messages import Chunk, Message, Record, Sighting
 from moshpitd.averaging.names import GroupId, Key, PeerId, Rank
@@ -61,6 +62,10 @@ class Machine(Protocol):
     def next_deadline(self) -> float | None: ...
     def take_effects(self) -> list[Effect]: ...
 
+    def is_free(self, spare: Vector) -> bool:
+        """Whether no job may still write to this buffer."""
+        ...
+
     def holds(self, vector: Vector) -> bool:
         """Whether the trainer must not write into this buffer, though no call is under way."""
         ...
@@ -76,10 +81,11 @@ def machine_for(
     here: Whereabouts,
     credentials: Credentials,
     rng: random.Random,
+    link: LinkRates,
     *,
     last_k: int,
     now: float,
 ) -> Machine:
     """The machine that these options ask for. Raises InvalidInput for impossible ones."""
     kind = WaitAvoiding if options.wait_avoidance else Session
-    return kind(options, config, here, credentials, rng, last_k=last_k, now=now)
+    return kind(options, config, here, credentials, rng, link, last_k=last_k, now=now)

@@ -50,7 +50,7 @@ from moshpitd.averaging.messages import (
     TooShort,
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
-from moshpitd.averaging.partition import spans_of
+from moshpitd.averaging.partition import known_rate, spans_of
 from moshpitd.averaging.vector import Layout
 
 APPLICANTS_MAX = 4096
@@ -61,6 +61,9 @@ UNREACHABLE_TOLD_MAX = 64
 """In a join, the first of those its sender could not reach."""
 CALLERS_MAX = 64
 """Of those who say that they lead and whom nobody else told us of."""
+RATE_DOUBT = 8.0
+"""A round moves one to two vectors over each line, and what was measured may be four times too low: rounds in which the
+machine stood still leave that of it."""
 HAILED = 0
 """The attempt number in an answer to a Hail; joins count from 1."""
 
@@ -141,8 +144,10 @@ class Application:
     wait_until: float
 
     def close_by(self, data_time_s: float, reserve_s: float) -> float:
-        """When its group must be closed, so that there is time for the data and for agreeing on it."""
-        return self.wait_until - data_time_s - min(reserve_s, RESERVE_SHARE * (self.wait_until - self.arrived_at))
+        """When its group must be closed, so that there is time for the data and for agreeing on it. However slow its
+        line is said to be, half of its time is for the others to come."""
+        wait_s = self.wait_until - self.arrived_at
+        return self.wait_until - min(data_time_s, wait_s / 2) - min(reserve_s, RESERVE_SHARE * wait_s)
 
 
 class Matchmaking:
@@ -564,8 +569,8 @@ class Matchmaking:
         )
 
     def _admit(self, join: Join, now: float) -> None:
-        needed = self._data_time_s(join.applicant)
-        if join.wait_s < needed:
+        if join.wait_s < self._data_time_min_s(join.applicant):
+            needed = self._data_time_s(join.applicant)
             self._answer(join, TooShort(self.round.key, join.attempt, join.wait_s, needed))
             return
         if len(self._applications) >= APPLICANTS_MAX:
@@ -866,12 +871,16 @@ class Matchmaking:
 
     def _data_time_s(self, member: Member) -> float:
         """What the data of a round should take this member: twice the vector over its slower direction."""
-        known = min(member.up_bytes_s, member.down_bytes_s)
-        return 2 * self.round.layout.byte_size / (known or self._config.rate_assumed_bytes_s)
+        return 2 * self.round.layout.byte_size / (known_rate(member) or self._config.rate_assumed_bytes_s)
+
+    def _data_time_min_s(self, member: Member) -> float:
+        """What it takes if the rate was measured too low: only who cannot do it even so is refused. A rate is measured
+        in rounds only, so one that is refused for its rate cannot show a better one."""
+        return self._data_time_s(member) / RATE_DOUBT
 
     def _is_hopeless(self, application: Application, now: float) -> bool:
         """Its caller is about to give up, or has."""
-        return application.wait_until - self._data_time_s(application.member) <= now
+        return application.wait_until - self._data_time_min_s(application.member) <= now
 
     def _close_by(self, application: Application) -> float:
         return application.close_by(self._data_time_s(application.member), self._config.reserve_s)

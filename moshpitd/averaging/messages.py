@@ -277,6 +277,11 @@ class Ready:
     group_id: GroupId
     view: int
     digest: bytes
+    heard_bytes: int = 0
+    """What had come from the receiver of this message when its last contribution was here: its uplink, as seen from the
+    only place where it can be seen; 0: it owed none."""
+    heard_s: float = 0.0
+    """... and how long after the round began here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,13 @@ from moshpitd.averaging.vector import DTYPES, Layout
 
 ALIGNMENT = 4096
 """Spans and chunks start at multiples of this many elements of their segment."""
+NOISE_FACTOR = 1.4
+"""Measured rates count as up to so many times nearer to the group's median. Equal links are measured with some noise,
+and water-filling amplifies it: rates that vary by 20 % make rounds of 4 members 22 % longer than equal spans would, of
+16 members 41 %; drawn together, 1 % and 6 %. The price is paid by one truly slower link of 4: at worst, 1.6 times
+slower, it makes the round 1.31 times as long as it could be, from 3 times on less than 1.17, at 10 times nothing."""
+RATIO_MAX = 1e6
+"""Rates come from outside: no ratio of them may overflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,8 @@ def fractions_by_rate(rates: Sequence[float]) -> list[float]:
 
     A member with share f moves 1 + (n-2)f vectors each way: its own contribution without its span, and its averages to
     the others. So (1 + (n-2) f_i) / b_i <= xi, with equality where f_i > 0: f_i = max(0, (xi*b_i - 1) / (n-2)), and
-    sum f_i = 1 gives xi over the m fastest. Rate 0 means not allowed to hold a span.
+    sum f_i = 1 gives xi over the m fastest. Rate 0 means not allowed to hold a span. A member without weight sends no
+    contribution, but receives what the others do, so that the slower of its directions is all the same bounded by this.
     """
     n = len(rates)
     able = sorted((rate for rate in rates if rate > 0), reverse=True)
@@ -56,11 +64,9 @@ def fractions_by_rate(rates: Sequence[float]) -> list[float]:
 def spans_of(layout: Layout, members: Sequence[Member]) -> tuple[int, ...]:
     """Element boundaries, one more than members: rank r reduces [b[r], b[r+1]). Those nobody can dial hold none.
 
-    Unknown rates count as the median of the known ones. Boundaries are aligned inside their segment.
+    Boundaries are aligned inside their segment.
     """
-    known = [min(m.up_bytes_s, m.down_bytes_s) for m in members if min(m.up_bytes_s, m.down_bytes_s) > 0]
-    usual = statistics.median(known) if known else 1.0
-    rates = [(min(m.up_bytes_s, m.down_bytes_s) or usual) if m.dialable else 0.0 for m in members]
+    rates = relative_rates(members)
     boundaries = [0]
     reached = 0.0
     for fraction in fractions_by_rate(rates)[:-1]:
@@ -69,6 +75,24 @@ def spans_of(layout: Layout, members: Sequence[Member]) -> tuple[int, ...]:
     last = max(rank for rank, rate in enumerate(rates) if rate > 0)
     boundaries = [layout.elements if rank > last else edge for rank, edge in enumerate(boundaries)]
     return (*boundaries, layout.elements)
+
+
+def relative_rates(members: Sequence[Member]) -> list[float]:
+    """What each member's slower direction carries, in multiples of the median, and drawn towards it by NOISE_FACTOR.
+    Unknown counts as 1; 0 for those that nobody can dial."""
+    rates = [known_rate(member) for member in members]
+    usual = statistics.median([rate for rate in rates if rate] or [1.0])
+    return [_less_noise((rate or usual) / usual) if m.dialable else 0.0 for rate, m in zip(rates, members, strict=True)]
+
+
+def known_rate(member: Member) -> float:
+    """Of its slower direction, as far as they are known; 0: neither is."""
+    return min((rate for rate in (member.up_bytes_s, member.down_bytes_s) if rate > 0), default=0.0)
+
+
+def _less_noise(ratio: float) -> float:
+    within = min(max(ratio, 1 / RATIO_MAX), RATIO_MAX)
+    return max(1.0, within / NOISE_FACTOR) if within > 1 else min(1.0, within * NOISE_FACTOR)
 
 
 def _aligned(layout: Layout, position: float) -> int:

@@ -29,8 +29,14 @@ class MemberLine:
     peer: PeerId
     weight: float
     coordinate: int = 0
-    transport: str = ""
-    """Over what chunks travelled between it and us; empty for ourselves, and while none did."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLine:
+    """Over what chunks travelled between another member and us: grpc or tcp."""
+
+    peer: PeerId
+    transport: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ class RoundReceipt:
     transport: str
     """Over what chunks travelled: grpc, tcp, or both joined by a plus."""
     members: tuple[MemberLine, ...]
+    links: tuple[LinkLine, ...]
     spans: tuple[SpanLine, ...]
     dropped: tuple[DroppedLine, ...]
     why: str
@@ -110,6 +117,16 @@ class VersionReceipt:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalLine:
+    """Who stands behind this peer's contribution."""
+
+    trainers: int
+    """Of this daemon, averaged before anything travelled."""
+    weight: float
+    """That of the trainer whose receipt it is; in the daemon's own records their sum. 0 for who only received."""
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """One averaging of one trainer."""
 
@@ -133,5 +150,6 @@ class Receipt:
     grid: str
     """The plan's sides, "2x4"."""
     rounds: tuple[RoundReceipt, ...]
+    local: LocalLine
     version: VersionReceipt | None = None
     """Of a wait-avoiding session only."""

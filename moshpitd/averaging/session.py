@@ -38,6 +38,7 @@ from moshpitd.averaging.errors import (
     Unavailable,
 )
 from moshpitd.averaging.grid import IN_STEP, WEIGHT_MAX, Cell, Plan, Terms, carried_weight, grid_key, session_key
+from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.matchmaking import (
     HAILED,
     Candidate,
@@ -87,7 +88,7 @@ from moshpitd.averaging.messages import (
     View,
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
-from moshpitd.averaging.receipt import DroppedLine, MemberLine, Outcome, Receipt, RoundReceipt
+from moshpitd.averaging.receipt import DroppedLine, LinkLine, LocalLine, MemberLine, Outcome, Receipt, RoundReceipt
 from moshpitd.averaging.vector import Layout, Vector
 
 NAME_DEFAULT = "default"
@@ -150,6 +151,8 @@ class Call:
     timeout_s: float = TIMEOUT_DEFAULT_S
     epoch: int | None = None
     """Meet only peers with the same number; None = the newest open averaging."""
+    trainers: int = 1
+    """Of this daemon, whose values these are the mean of; the weight is their sum."""
 
     def check(self) -> None:
         """Raises InvalidInput that names what is wrong."""
@@ -286,12 +289,15 @@ class Session:
         here: Whereabouts,
         credentials: Credentials,
         rng: random.Random,
+        link: LinkRates,
         *,
         last_k: int,
         now: float,
     ) -> None:
+        """`link`: what is known of the daemon's line; all its sessions teach and ask the same one."""
         options.check()
-        self.options = options
+        self._codec = codec_named(options.codec)
+        self.options = options = replace(options, codec=self._codec.name)  # terms are compared as text
         averaging = options.wait_avoidance.term if options.wait_avoidance else IN_STEP
         self.terms = Terms(options.layout.digest, options.rounds, options.codec, averaging=averaging)
         self.key = session_key(here.swarm, options.name)
@@ -300,7 +306,7 @@ class Session:
         self._config = config
         self._here = here
         self._rng = rng
-        self._codec = codec_named(options.codec)
+        self._link = link
         self._members = Membership(
             here.peer,
             self.terms,
@@ -358,7 +364,7 @@ class Session:
         self._periods_s.append(now - self._started_at)
         self._started_at = now
         # A round that failed may still have a job under way, which writes into what was its spare.
-        free = [spare for spare in spares if not self.may_write_to(spare)]
+        free = [spare for spare in spares if self.is_free(spare)]
         self._current = Averaging(call, now, now + call.timeout_s, vector, free, k, call.weight)
         # A newcomer looks first, at its first call; the others are warm.
         self._current.roster_seen = self._last_k >= 0 or now < self._looked_at + self._config.lease_ttl_s / 2
@@ -533,6 +539,10 @@ class Session:
         assert self._result is not None
         return self._result
 
+    def is_free(self, spare: Vector) -> bool:
+        """Whether no job of a round that failed may still write to this buffer."""
+        return not any(reduction.may_write_to(spare) for reduction in self._reductions.values())
+
     @property
     def contribution(self) -> Vector | None:
         """What the reduction under way reads; unchanged until it has committed. None when there is none."""
@@ -542,15 +552,11 @@ class Session:
 
     def holds(self, vector: Vector) -> bool:
         """Whether the trainer must not write here: into a contribution not before its call has ended."""
-        return self.may_write_to(vector) or self.contribution is vector
+        return not self.is_free(vector) or self.contribution is vector
 
     def survivors_of(self, group: Group) -> tuple[Member, ...]:
         """Who committed with us in a group that has just ended."""
         return tuple(group.members[rank] for rank in self._reductions[group.group_id].survivors)
-
-    def may_write_to(self, vector: Vector) -> bool:
-        """Whether a job that is still under way may."""
-        return any(reduction.may_write_to(vector) for reduction in self._reductions.values())
 
     def status(self, now: float) -> SessionStatus:
         plan = self._plan_in_force()
@@ -850,9 +856,17 @@ class Session:
         self._look_at_matchmaking(now)
 
     def _member(self, coordinate: int, weight: float) -> Member:
-        here = self._here
+        here, link = self._here, self._link
         return Member(
-            here.peer, here.incarnation, coordinate, weight, here.address, here.dialable, bulk_port=here.bulk_port
+            here.peer,
+            here.incarnation,
+            coordinate,
+            weight,
+            here.address,
+            here.dialable,
+            link.up_bytes_s,
+            link.down_bytes_s,
+            bulk_port=here.bulk_port,
         )
 
     def _matchmaking(self, plan: Plan, k: int, j: int, axis: int, cell: Cell) -> Matchmaking:
@@ -1182,6 +1196,8 @@ class Session:
         assert self._spare_in_use is not None
         if reduction.state is ReductionState.COMMITTED:
             group = reduction.group
+            up, down = reduction.link_measures(now)
+            self._link.learn(up=up, down=down)
             weights = [member.weight for member in group.members]
             coordinates = [member.coordinate for member in group.members]
             if current.changed:
@@ -1248,6 +1264,7 @@ class Session:
             bytes_received=sum(r.bytes_received for r in current.rounds),
             grid=current.plan.grid,
             rounds=tuple(current.rounds),
+            local=LocalLine(current.call.trainers, 0.0 if current.joined else current.call.weight),
         )
         self._conclude(receipt, now)
 
@@ -1283,6 +1300,7 @@ class Session:
             bytes_received=0,
             grid="",
             rounds=(),
+            local=LocalLine(current.call.trainers, current.call.weight),
         )
         self._conclude(receipt, now)
 
@@ -1348,9 +1366,9 @@ class Session:
             rank=reduction.rank,
             codec=self.options.codec,
             transport="+".join(sorted(set(reduction.transports.values()))),
-            members=tuple(
-                MemberLine(m.peer, m.weight, m.coordinate, reduction.transports.get(Rank(rank), ""))
-                for rank, m in enumerate(group.members)
+            members=tuple(MemberLine(m.peer, m.weight, m.coordinate) for m in group.members),
+            links=tuple(
+                LinkLine(group.members[other].peer, name) for other, name in sorted(reduction.transports.items())
             ),
             spans=reduction.span_lines() if committed else (),
             dropped=tuple(dropped),
@@ -1378,6 +1396,7 @@ class Session:
             codec=self.options.codec,
             transport="",
             members=(MemberLine(me, current.weight, matchmaking.round.cell[current.axis]),),
+            links=(),
             spans=(),
             dropped=(),
             why=why,
@@ -1410,8 +1429,8 @@ class Session:
             claim_k=claim_k,
             pin=self._config.pin,
             group_size_max=self._config.group_size_max,
-            up_bytes_s=0.0,
-            down_bytes_s=0.0,
+            up_bytes_s=self._link.up_bytes_s,
+            down_bytes_s=self._link.down_bytes_s,
             open_s=now - self._opened_at,
             bulk_port=self._here.bulk_port,
         )

@@ -29,6 +29,14 @@ DTYPES: dict[str, np.dtype] = {
 }
 """The dtypes that can be averaged, widest first: the order of the segments."""
 
+LARGEST: dict[str, float] = {
+    "float64": float(np.finfo(np.float64).max),
+    "float32": float(np.finfo(np.float32).max),
+    "float16": 65504.0,
+    "bfloat16": 2.0**128 - 2.0**120,
+}
+"""What does not fit a dtype saturates there instead of becoming infinite."""
+
 NAME_BYTES_MAX = 1024
 RANK_MAX = 32
 

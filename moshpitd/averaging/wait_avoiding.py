@@ -41,6 +41,7 @@ from moshpitd.averaging.cohort import COHORT_MAX, Cohort, CohortStatus
 from moshpitd.averaging.effects import Compute, Effect, Failed, Finished, Log, OpenStreams, Send
 from moshpitd.averaging.errors import InvalidInput, Precondition, RemoteProtocolError, SessionError, Unavailable
 from moshpitd.averaging.grid import format_sides
+from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.membership import Credentials
 from moshpitd.averaging.merge import PIECE_BYTES, merge_jobs
 from moshpitd.averaging.messages import (
@@ -67,6 +68,8 @@ from moshpitd.averaging.names import GroupId, Key, PeerId, Rank, digest, short
 from moshpitd.averaging.posts import Post, Posts
 from moshpitd.averaging.receipt import (
     ContributorLine,
+    LinkLine,
+    LocalLine,
     MemberLine,
     Outcome,
     Receipt,
@@ -167,20 +170,22 @@ class WaitAvoiding:
         here: Whereabouts,
         credentials: Credentials,
         rng: random.Random,
+        link: LinkRates,
         *,
         last_k: int,
         now: float,
     ) -> None:
         assert options.wait_avoidance is not None
         options.check()
-        self.options = options
+        self._codec = codec_named(options.codec)
+        self.options = replace(options, codec=self._codec.name)
         self.state = State.OUT
         self._avoidance = options.wait_avoidance
         self._config = config
         self._here = here
-        self._codec = codec_named(options.codec)
         flat = replace(config, pin="", group_size_max=COHORT_MAX)
-        self._barrier = Session(replace(options, rounds=1), flat, here, credentials, rng, last_k=last_k, now=now)
+        self._link = link
+        self._barrier = Session(replace(options, rounds=1), flat, here, credentials, rng, link, last_k=last_k, now=now)
         self._barrier_group: Group | None = None
         """The last in which the barrier's machine began to reduce."""
         self._cohort: Cohort | None = None
@@ -227,6 +232,8 @@ class WaitAvoiding:
         """Post the vector and wait for what comes of it. It stays ours after the end too, until another one was posted
         and no version reads it any more: see `holds`. Raises a SessionError at once for what can never work."""
         call.check()
+        if call.trainers != 1:
+            raise InvalidInput(f"{call.trainers} trainers share this wait-avoiding session: it takes one a daemon")
         if call.weight != 1.0:
             raise InvalidInput(
                 f"weight {call.weight}: models of a wait-avoiding session all weigh the same; leave it out"
@@ -420,13 +427,12 @@ class WaitAvoiding:
 
     def holds(self, vector: Vector) -> bool:
         """Whether this buffer must not be written to, because a version reads it, may yet read it, or writes to it."""
-        writing = any(reduction.may_write_to(vector) for reduction in self._reductions.values())
-        return (
-            writing
-            or self._barrier.may_write_to(vector)
-            or self._posts.holds(vector)
-            or (self._sum is not None and self._sum.mean is vector)
-        )
+        newest = self._sum.mean if self._sum else None
+        return not self.is_free(vector) or self._posts.holds(vector) or newest is vector
+
+    def is_free(self, spare: Vector) -> bool:
+        """Whether no job may still write to this buffer."""
+        return self._barrier.is_free(spare) and not any(r.may_write_to(spare) for r in self._reductions.values())
 
     def status(self, now: float) -> SessionStatus:
         status, cohort = self._barrier.status(now), self._cohort
@@ -591,6 +597,7 @@ class WaitAvoiding:
             bytes_received=told.bytes_received if told else 0,
             grid=format_sides(cohort.sides) if cohort else "",
             rounds=(told,) if told else (),
+            local=LocalLine(1, 1.0),
             version=version,
         )
         self._conclude(receipt, result, State.COMPUTING if cohort else State.OUT, now)
@@ -732,6 +739,8 @@ class WaitAvoiding:
         fresh = calling is not None and calling.fresh_in == running.version
         if reduction.state is ReductionState.COMMITTED:
             ended = self._sum_of(running, now)
+            up, down = reduction.link_measures(now)
+            self._link.learn(up=up, down=down)
             stale = [ended.version - line.posted for line in ended.contributors if line.posted >= 0]
             self._staleness_max = max(self._staleness_max, *stale)
             if fresh:
@@ -765,10 +774,8 @@ class WaitAvoiding:
             rank=reduction.rank,
             codec=self.options.codec,
             transport="+".join(sorted(set(reduction.transports.values()))),
-            members=tuple(
-                MemberLine(m.peer, m.weight, m.coordinate, reduction.transports.get(Rank(rank), ""))
-                for rank, m in enumerate(group.members)
-            ),
+            members=tuple(MemberLine(m.peer, m.weight, m.coordinate) for m in group.members),
+            links=tuple(LinkLine(group.members[r].peer, name) for r, name in sorted(reduction.transports.items())),
             spans=spans,
             dropped=dropped,
             why=reduction.why or ", ".join(f"{short(line.peer)} {line.why}" for line in dropped),

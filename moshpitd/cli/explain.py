@@ -35,11 +35,18 @@ def _averaging(receipt: pb.Receipt) -> Iterator[str]:
     met = f"this peer and {len(receipt.peers)} {'other' if len(receipt.peers) == 1 else 'others'}"
     grid = f" on a grid of {receipt.grid}" if receipt.grid else ""
     match OUTCOMES[receipt.outcome]:
+        case "alone" if receipt.local.trainers > 1:
+            yield f"{name} found no other peer.{_because(receipt.why)}"
         case "alone":
             yield f"{name} found nobody else; the values are unchanged.{_because(receipt.why)}"
         case outcome:
             weight = f"total weight {receipt.weight_total:g}"
             yield f"{name} was {outcome}: {met} met{grid}, {weight}.{_because(receipt.why)}"
+    if receipt.local.trainers > 1:
+        yield (
+            f"{receipt.local.trainers} trainers of this daemon were averaged first, as one peer with weight "
+            f"{receipt.local.weight:g}; each got the result."
+        )
     if receipt.joined:
         yield "This peer was new, so it gave no weight and received the swarm's mean."
     seconds = receipt.seconds

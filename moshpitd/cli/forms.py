@@ -28,10 +28,14 @@ def status(message: pb.GetStatusResponse) -> Json:
         "listen": message.listen,
         "announce": message.announce,
         "dialable": message.dialable if message.HasField("dialable") else None,
+        "bulk_port": message.bulk_port,
         "peers": message.peers,
+        "bandwidth": {
+            "up_bytes_s": message.bandwidth.up_bytes_s,
+            "down_bytes_s": message.bandwidth.down_bytes_s,
+        },
         "sessions": [
             {
-                "session_id": session.session_id,
                 "name": session.name,
                 "state": session.state,
                 "waiting_for": session.waiting_for,
@@ -42,8 +46,15 @@ def status(message: pb.GetStatusResponse) -> Json:
                 "vector_bytes": session.vector_bytes,
                 "averagings": dict(session.averagings),
                 "codec": session.codec,
-                "transport": session.transport,
-                "transport_why": session.transport_why,
+                "trainers": [
+                    {
+                        "session_id": trainer.session_id,
+                        "state": trainer.state,
+                        "transport": trainer.transport,
+                        "transport_why": trainer.transport_why,
+                    }
+                    for trainer in session.trainers
+                ],
             }
             for session in message.sessions
         ],
@@ -83,6 +94,7 @@ def receipt(message: pb.Receipt) -> Json:
         "peers": _texts(message.peers),
         "digest": message.digest.hex(),
         "grid": message.grid,
+        "local": {"trainers": message.local.trainers, "weight": message.local.weight},
         "seconds": _seconds(message.seconds),
         "bytes": _traffic(message.bytes),
         "rounds": [_round(round_) for round_ in message.rounds],
@@ -102,12 +114,7 @@ def _round(message: pb.Round) -> Json:
         "codec": message.codec,
         "transport": message.transport,
         "members": [
-            {
-                "peer": member.peer,
-                "weight": member.weight,
-                "coordinate": member.coordinate,
-                "transport": member.transport,
-            }
+            {"peer": member.peer, "weight": member.weight, "coordinate": member.coordinate}
             for member in message.members
         ],
         "spans": [
@@ -119,6 +126,7 @@ def _round(message: pb.Round) -> Json:
             }
             for span in message.spans
         ],
+        "links": [{"peer": link.peer, "transport": link.transport} for link in message.links],
         "dropped": [{"peer": dropped.peer, "why": dropped.why} for dropped in message.dropped],
         "weight_after": message.weight_after,
         "seconds": _seconds(message.seconds),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,13 +25,15 @@ def status(message: pb.GetStatusResponse) -> None:
     facts.add_row("state", f"[{colour}]{state}[/]{reason}")
     facts.add_row("swarm", f"{escape(message.swarm)}, {_count(message.peers, 'other peer')}")
     facts.add_row("peer id", message.peer_id)
-    facts.add_row("listens", f"{message.listen}, announced as {message.announce or 'nothing'}")
+    bulk = f"; chunks over plain TCP at port {message.bulk_port}" if message.bulk_port else "; chunks over gRPC only"
+    facts.add_row("listens", f"{message.listen}, announced as {message.announce or 'nothing'}{bulk}")
     facts.add_row("dialable", dialable if message.HasField("dialable") else "not known yet")
+    facts.add_row("bandwidth", f"{_rate(message.bandwidth.up_bytes_s)} out, {_rate(message.bandwidth.down_bytes_s)} in")
     facts.add_row("process", f"{message.pid}, version {message.version}, up {duration(message.uptime_seconds)}")
     console = Console()
     console.print(facts, soft_wrap=True)
     if message.sessions:
-        table = _table("session", "state", "epoch", "grid", "cell", "live", "vector", "codec", "trainer", "averagings")
+        table = _table("session", "state", "epoch", "grid", "cell", "live", "vector", "codec", "trainers", "averagings")
         for session in message.sessions:
             table.add_row(
                 escape(session.name),
@@ -41,10 +44,18 @@ def status(message: pb.GetStatusResponse) -> None:
                 str(session.live_sessions),
                 amount(session.vector_bytes),
                 escape(session.codec),
-                escape(f"{session.transport}: {session.transport_why}" if session.transport_why else session.transport),
+                escape(_trainers(session.trainers)),
                 ", ".join(f"{count} {name}" for name, count in sorted(session.averagings.items()) if count) or "-",
             )
         console.print(table)
+
+
+def _trainers(trainers: Sequence[pb.TrainerStatus]) -> str:
+    """ "3 shared-memory, 1 stream: switched off": how many, by the way their values take."""
+    ways = Counter(
+        f"{each.transport}: {each.transport_why}" if each.transport_why else each.transport for each in trainers
+    )
+    return ", ".join(f"{count} {way}" for way, count in ways.items())
 
 
 def peers(messages: Iterable[pb.Peer]) -> None:
@@ -94,6 +105,8 @@ def receipt(message: pb.Receipt, output: str | None) -> None:
     """What the one-shot averaging says at its end."""
     outcome = OUTCOMES[message.outcome]
     others = _count(len(message.peers), "other peer")
+    if message.local.trainers > 1:
+        others += f" and {_count(message.local.trainers - 1, 'other trainer')} of this daemon"
     Console().print(
         f"{_coloured(outcome)}: averaging {message.epoch} with {others} in {message.seconds.total:.2f} s"
         + (f", grid {message.grid}" if message.grid else "")
@@ -111,6 +124,10 @@ def amount(count: int) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _rate(bytes_s: float) -> str:
+    return f"{amount(round(bytes_s))}/s" if bytes_s else "not known"
 
 
 def duration(seconds: float) -> str:

@@ -97,7 +97,8 @@ def settings_flags(verb: _Verb) -> _Verb:
             click.option("--event-loop", metavar="auto|uvloop|asyncio", help="[uvloop where installed]"),
             click.option("--drain-timeout", metavar="SECONDS", help="What SIGTERM waits for a running round.  [20]"),
             click.option("--transport", metavar="auto|grpc|tcp", help="How chunks travel between peers.  [auto]"),
-            click.option("--bulk-port", metavar="PORT", help="For plain TCP; must be let through.  [any free one]"),
+            click.option("--bulk-port", metavar="PORT", help="Where plain TCP listens.  [any free one]"),
+            click.option("--bulk-announce", metavar="PORT", help="What others dial for it.  [the same]"),
             click.option("--vector-bytes-max", metavar="N|NGiB", help="The largest vector of a trainer.  [4GiB]"),
             click.option("--shared-memory-dir", metavar="DIR|auto|off", help="To share with trainers.  [/dev/shm]"),
             click.option("--preset", metavar="loopback|lan|wan", help="The kind of network.  [wan]"),
@@ -420,6 +421,26 @@ def simulate(ctx: click.Context, **flags: Unpack[SimulationFlags]) -> None:
     else:
         report = simulation.run(options, plot=flags["plot"], trace=flags["trace"])
         simulation.show(report, options, _replay(ctx, report.seed), as_json=flags["as_json"])
+
+
+@main.group()
+def bench() -> None:
+    """What this machine can do. Asks no daemon."""
+
+
+@bench.command()
+@click.option("--codec", "names", metavar="NAME", multiple=True, help="This one; repeatable.  [a choice of all]")
+@click.option("--file", metavar="IN.safetensors", type=click.Path(path_type=Path), help="Your tensors' error, too.")
+@json_flag
+def codecs(*, names: tuple[str, ...], file: Path | None, as_json: bool) -> None:
+    """Each codec's speed on one core, its bits an element and its error. Takes some seconds."""
+    from moshpitd.cli import codec_bench
+
+    found = codec_bench.run(names, file)
+    if as_json:
+        _print_json(codec_bench.form(found))
+    else:
+        codec_bench.show(found)
 
 
 def _replay(ctx: click.Context, seed: int) -> str:

@@ -1,11 +1,11 @@
 """The local door: serves a daemon's trainers and operators on a Unix socket.
 
 Knows calls: who holds which session open, whose turn it is, when a call has run out of time. Does not know what an
-averaging is: it hands a vector down to the driver and a result up. A session lives as long as its OpenSession call:
+averaging is: it hands a vector down to the households and a result up. A session lives as long as its OpenSession call:
 
     OpenSession -> open -- CloseSession, the client's cancel or death, the daemon leaving --> closed
 
-Averagings of a session take turns; a call whose client is gone detaches and leaves its round to the driver.
+Averagings of a session take turns; a call whose client is gone detaches and leaves its round to those below.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from moshpitd.averaging.errors import Exhausted, InvalidInput, NoGroup, Precondition, SessionNotFound, Unavailable
-from moshpitd.averaging.receipt import Outcome
 from moshpitd.averaging.session import Call, SessionOptions
 from moshpitd.averaging.vector import Layout, Vector
-from moshpitd.driver import Averaged, Driver, ProgressNote
+from moshpitd.driver import Averaged, ProgressNote
+from moshpitd.households import Households
 from moshpitd.local import translate
 from moshpitd.local.claim import ClaimError, SocketClaim
 from moshpitd.local.shared_memory import AUTO, NoSharedMemory, Offer, SharedBuffers, SharedMemoryDirectory
@@ -77,7 +77,9 @@ class LocalServer:
         self._health = health
 
     @staticmethod
-    async def open(path: Path, driver: Driver, info: DaemonInfo, config: LocalConfig | None = None) -> LocalServer:
+    async def open(
+        path: Path, households: Households, info: DaemonInfo, config: LocalConfig | None = None
+    ) -> LocalServer:
         """Claim the path and serve on it. Raises ClaimError."""
         config = config or LocalConfig()
         server = grpc.aio.server(
@@ -92,7 +94,7 @@ class LocalServer:
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
             ],
         )
-        service = _DaemonService(driver, info, config)
+        service = _DaemonService(households, info, config)
         pb_grpc.add_DaemonServiceServicer_to_server(service, server)
         healths = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healths, server)
@@ -163,8 +165,8 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
     """The calls. OpenSession and Average write to their context rather than being generators: a generator whose
     caller is cancelled is finished by the garbage collector, too late for a session that must be closed."""
 
-    def __init__(self, driver: Driver, info: DaemonInfo, config: LocalConfig) -> None:
-        self._driver = driver
+    def __init__(self, households: Households, info: DaemonInfo, config: LocalConfig) -> None:
+        self._households = households
         self._info = info
         self._config = config
         self._memory = SharedMemoryDirectory(config.shared_memory_dir)
@@ -197,7 +199,7 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
                 f"the tensors have {size} bytes, more than vector_bytes_max = {limit}: "
                 "raise it in the daemon's configuration, or open several smaller sessions"
             )
-        session = _OpenSession(await self._driver.open_session(options), options.name, options.layout)
+        session = _OpenSession(await self._households.open_session(options), options.name, options.layout)
         self._sessions[session.session_id] = session
         try:
             first = pb.OpenSessionResponse(session_id=session.session_id)
@@ -275,7 +277,9 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
     ) -> pb.GetStatusResponse:
         async with Answering(context):
             hops = {session.session_id: session.hop for session in self._sessions.values()}
-            return translate.status_message(self._info, self._driver.sessions(), hops, draining=self._driver.draining)
+            return translate.status_message(
+                self._info, self._households.sessions(), hops, draining=self._households.draining
+            )
 
     async def ListPeers(
         self,
@@ -283,7 +287,7 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
         context: grpc.aio.ServicerContext[pb.ListPeersRequest, pb.ListPeersResponse],
     ) -> pb.ListPeersResponse:
         async with Answering(context):
-            return translate.peers_message(self._driver.peers())
+            return translate.peers_message(self._households.peers())
 
     async def ListRounds(
         self,
@@ -293,7 +297,9 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
         async with Answering(context):
             limit = min(request.limit or ROUNDS_LISTED, ROUNDS_LISTED_MAX)
             epoch = request.epoch if request.HasField("epoch") else None
-            return translate.rounds_message(self._driver.receipts(limit=limit, epoch=epoch), MESSAGE_BYTES_MAX - 1024)
+            return translate.rounds_message(
+                self._households.receipts(limit=limit, epoch=epoch), MESSAGE_BYTES_MAX - 1024
+            )
 
     async def GetConfig(
         self,
@@ -319,7 +325,7 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
         serving.add_done_callback(self._streams.discard)
 
     async def finish(self, timeout_s: float) -> None:
-        """Wait for the driver to have closed what we told it to close."""
+        """Wait until all is closed that we told to close."""
         if self._closing:
             _, late = await asyncio.wait(self._closing, timeout=timeout_s)
             for task in late:
@@ -328,13 +334,14 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
     async def _average(
         self, session: _OpenSession, call: Call, deadline: float, transfer: Transfer, context: AverageContext
     ) -> None:
-        async with _until(deadline, "the values had not all arrived: give a longer timeout"):
-            vector = await transfer.contribution(session.layout)
+        with self._households.coming(session.session_id):
+            async with _until(deadline, "the values had not all arrived: give a longer timeout"):
+                vector = await transfer.contribution(session.layout)
         left = deadline - asyncio.get_running_loop().time()
         call = dataclasses.replace(call, timeout_s=max(left, TIMEOUT_MIN_S))
         averaged = await self._telling_progress(session, call, vector, transfer, context)
         await context.write(pb.AverageResponse(receipt=translate.receipt_message(session.name, averaged.receipt)))
-        if averaged.receipt.outcome is not Outcome.ALONE:
+        if averaged.vector is not vector:
             await transfer.result(averaged.vector)
 
     async def _telling_progress(
@@ -349,7 +356,7 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
             news.set()
 
         averaging = asyncio.create_task(
-            self._driver.average(session.session_id, call, vector, tell, spares=transfer.spares)
+            self._households.average(session.session_id, call, vector, tell, spares=transfer.spares)
         )
         averaging.add_done_callback(lambda _: news.set())
         try:
@@ -374,8 +381,8 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
             session.stream(str(error))
 
     async def _close(self, session_id: str) -> None:
-        """Close at the driver, also when the caller of the call that wants it is cancelled meanwhile."""
-        closing = asyncio.create_task(self._driver.close_session(session_id))
+        """Close it below, also when the caller of the call that wants it is cancelled meanwhile."""
+        closing = asyncio.create_task(self._households.close_session(session_id))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         await asyncio.shield(closing)
@@ -389,7 +396,7 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
         return session
 
     def _refuse_when_leaving(self) -> None:
-        if self._leaving or self._driver.draining:
+        if self._leaving or self._households.draining:
             raise Unavailable("the daemon is leaving and takes no new rounds: start it again and open the session anew")
 
 

@@ -20,7 +20,8 @@ from moshpitd.averaging.session import (
     SessionOptions,
 )
 from moshpitd.averaging.vector import Layout, TensorSpec
-from moshpitd.driver import PeerLine, SessionLine
+from moshpitd.driver import PeerLine
+from moshpitd.households import HouseholdLine, TrainerLine
 from moshpitd.local.shared_memory import Offer
 from moshpitd.local.v1 import daemon_pb2 as pb
 
@@ -107,6 +108,18 @@ class DaemonInfo(Protocol):
         ...
 
     @property
+    def bulk_port(self) -> int:
+        """TCP port of the plain path for chunks; 0 where it is not offered."""
+        ...
+
+    @property
+    def up_bytes_s(self) -> float:
+        """What its line carried in rounds; 0 while not known."""
+        ...
+
+    @property
+    def down_bytes_s(self) -> float: ...
+    @property
     def config_values(self) -> Sequence[ConfigLine]:
         """Every setting, in the order of the documentation."""
         ...
@@ -169,6 +182,7 @@ def receipt_message(session: str, receipt: Receipt) -> pb.Receipt:
         grid=receipt.grid,
         rounds=map(_round_message, receipt.rounds),
         session=session,
+        local=pb.Local(trainers=receipt.local.trainers, weight=receipt.local.weight),
     )
 
 
@@ -183,10 +197,8 @@ def _round_message(round_: RoundReceipt) -> pb.Round:
         rank=round_.rank,
         codec=round_.codec,
         transport=round_.transport,
-        members=[
-            pb.Member(peer=line.peer, weight=line.weight, coordinate=line.coordinate, transport=line.transport)
-            for line in round_.members
-        ],
+        members=[pb.Member(peer=line.peer, weight=line.weight, coordinate=line.coordinate) for line in round_.members],
+        links=[pb.Link(peer=line.peer, transport=line.transport) for line in round_.links],
         spans=[
             pb.Span(reducer=line.reducer, start=line.start, stop=line.stop, contributors=line.contributors)
             for line in round_.spans
@@ -217,9 +229,9 @@ def rounds_message(receipts: Iterable[tuple[str, Receipt]], bytes_max: int) -> p
 
 
 def status_message(
-    info: DaemonInfo, sessions: Iterable[SessionLine], hops: Mapping[str, LocalHop], *, draining: bool
+    info: DaemonInfo, sessions: Iterable[HouseholdLine], hops: Mapping[str, LocalHop], *, draining: bool
 ) -> pb.GetStatusResponse:
-    """`hops`: by session id."""
+    """`hops`: by trainer."""
     return pb.GetStatusResponse(
         ready=info.ready,
         peer_id=info.peer_id,
@@ -227,22 +239,23 @@ def status_message(
         listen=info.listen,
         announce=info.announce,
         peers=info.peers,
-        sessions=[_session_message(line, hops.get(line.session_id, _NO_HOP)) for line in sessions],
+        sessions=[_session_message(line, hops) for line in sessions],
         waiting_for=info.waiting_for,
         version=info.version,
         pid=info.pid,
         uptime_seconds=info.uptime_s,
         draining=draining,
         dialable=info.dialable,
+        bulk_port=info.bulk_port,
+        bandwidth=pb.Bandwidth(up_bytes_s=info.up_bytes_s, down_bytes_s=info.down_bytes_s),
     )
 
 
 _NO_HOP = LocalHop("stream", "it is just being opened or closed")
 
 
-def _session_message(line: SessionLine, hop: LocalHop) -> pb.SessionStatus:
+def _session_message(line: HouseholdLine, hops: Mapping[str, LocalHop]) -> pb.SessionStatus:
     return pb.SessionStatus(
-        session_id=line.session_id,
         name=line.options.name,
         state=line.status.state,
         waiting_for=line.status.waiting_for,
@@ -253,8 +266,13 @@ def _session_message(line: SessionLine, hop: LocalHop) -> pb.SessionStatus:
         vector_bytes=line.options.layout.byte_size,
         averagings=line.status.averagings,
         codec=line.options.codec,
-        transport=hop.transport,
-        transport_why=hop.why,
+        trainers=[_trainer_message(trainer, hops.get(trainer.session_id, _NO_HOP)) for trainer in line.trainers],
+    )
+
+
+def _trainer_message(line: TrainerLine, hop: LocalHop) -> pb.TrainerStatus:
+    return pb.TrainerStatus(
+        session_id=line.session_id, state=line.state, transport=hop.transport, transport_why=hop.why
     )
 
 

@@ -52,7 +52,7 @@ class PeerConfig:
     outbox_bytes_max: int = 16 << 20
     """... and their bytes: small questions have large answers."""
     conversations_max: int = 2048
-    """Conversations held at once; further ones are refused."""
+    """Conversations held at once, and TCP connections; further ones are refused."""
     conversations_of_one_max: int = 8
     """... with one peer: it may dial while we do, and again before we noticed that its last connection is dead."""
     greetings_max: int = 512

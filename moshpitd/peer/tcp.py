@@ -66,6 +66,12 @@ class Connection:
         self._frame_bytes_max = frame_bytes_max
         self._ends_awaited = 0
         """End marks of the transfer under way: theirs and ours."""
+        self._unfilled = memoryview(b"")
+        """What is to be received next."""
+        self._filled: asyncio.Future[None] | None = None
+        self._is_watched = False
+        """Whether the loop tells us when there is something to read. It is asked to once for many frames, not for each
+        piece that the kernel has of one."""
 
     async def read(self, bytes_max: int | None = None) -> Buffer | None:
         """The next frame; None for an end mark."""
@@ -98,6 +104,7 @@ class Connection:
         while (frame := await self.read()) is not None:
             yield frame
             await asyncio.sleep(0)  # one that sends without a pause would keep the loop
+        self._unwatch()
         self._ends_awaited -= 1
 
     async def done_writing(self) -> None:
@@ -116,19 +123,47 @@ class Connection:
         return False
 
     def close(self) -> None:
+        self._unwatch()
         self._sock.close()
 
     # ---- the socket
 
     async def _fill(self, view: memoryview) -> None:
+        """Receive as much as the view holds. One call at a time."""
+        self._unfilled = view
+        self._filled = self._loop.create_future()
+        self._receive()
+        if not self._filled.done() and not self._is_watched:
+            self._loop.add_reader(self._sock, self._receive)
+            self._is_watched = True
         try:
-            while view:
-                received = await self._loop.sock_recv_into(self._sock, view)
+            await self._filled
+        finally:
+            self._filled = None
+
+    def _receive(self) -> None:
+        """There may be something to read."""
+        if self._filled is None or self._filled.done():
+            self._unwatch()  # nobody waits for it now: the kernel keeps it, and the sender feels that
+            return
+        try:
+            while self._unfilled:
+                received = self._sock.recv_into(self._unfilled)
                 if not received:
-                    raise LinkBroken("connection closed")
-                view = view[received:]
+                    self._filled.set_exception(LinkBroken("connection closed"))
+                    return
+                self._unfilled = self._unfilled[received:]
+        except BlockingIOError:
+            return
         except OSError as error:
-            raise LinkBroken(error.strerror or str(error)) from error
+            self._filled.set_exception(LinkBroken(error.strerror or str(error)))
+        else:
+            self._filled.set_result(None)
+
+    def _unwatch(self) -> None:
+        if self._is_watched:
+            self._is_watched = False
+            self._loop.remove_reader(self._sock)
 
     async def _send(self, parts: Sequence[Buffer]) -> None:
         try:
@@ -281,6 +316,8 @@ class TcpPath:
             return wire.frame_from(peer_pb2.ConverseRequest, await _greeting(connection))
 
         def admit(who: PeerId) -> None:
+            if sum(self._served.values()) >= self._config.conversations_max:
+                raise RemoteProtocolError("too many connections here")
             if self._served.get(who, 0) >= self._config.connections_of_one_max:
                 raise RemoteProtocolError("too many connections of yours here")
 

@@ -7,6 +7,7 @@ meets a partition is held until it heals, and the connection breaks when that ta
 from __future__ import annotations
 
 import random
+from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ class Network:
         self._rng = rng
         self._links: dict[PeerId, Link] = {}
         self._up_free: dict[PeerId, float] = {}
-        self._down_free: dict[PeerId, float] = {}
+        self._down_taken: defaultdict[PeerId, list[Span]] = defaultdict(list)
+        """When bulk that is under way will be coming in, by receiver, in order."""
         self._blocked: dict[tuple[PeerId, PeerId], float] = {}
         """(from, to) and since when."""
 
@@ -120,14 +122,24 @@ class Network:
             self._up_free[sender] = begins + size / ours.up_bytes_s
             moment += self._up_free[sender] - now
         if theirs.down_bytes_s and size > SMALL_BYTES:
-            moment = max(moment, self._down_free.get(receiver, 0.0)) + size / theirs.down_bytes_s
-            self._down_free[receiver] = moment
+            moment = self._through_downlink(receiver, size / theirs.down_bytes_s, moment, now)
         loss = ours.loss + theirs.loss
         wait = RETRANSMISSION_S
         while loss and self._rng.random() < min(loss, 0.9):
             moment += wait
             wait = min(2 * wait, RETRANSMISSION_MAX_S)
         return moment
+
+    def _through_downlink(self, receiver: PeerId, took_s: float, moment: float, now: float) -> float:
+        """When it is through, taking the first gap from the moment on that it is there: what a slow sender will bring
+        only later must not hold up what others bring before."""
+        taken = self._down_taken[receiver] = [span for span in self._down_taken[receiver] if span[1] > now]
+        for begins, ends in taken:
+            if moment + took_s <= begins:
+                break
+            moment = max(moment, ends)
+        insort(taken, (moment, moment + took_s))
+        return moment + took_s
 
 
 PLAIN = Link()

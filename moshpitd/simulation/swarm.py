@@ -33,6 +33,7 @@ from moshpitd.averaging.effects import (
     Withdraw,
 )
 from moshpitd.averaging.errors import RemoteProtocolError, SessionError
+from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.machine import Machine, machine_for
 from moshpitd.averaging.messages import (
     Address,
@@ -218,7 +219,8 @@ class Swarm:
         incarnation = Incarnation(self.rng.getrandbits(64))
         here = Whereabouts(SWARM, peer_id, incarnation, Address(f"{name}:1"), dialable)
         rng = random.Random(self.rng.getrandbits(64))
-        machine = machine_for(options, config or self.config, here, Seals(peer_id), rng, last_k=last_k, now=self.now)
+        config = config or self.config
+        machine = machine_for(options, config, here, Seals(peer_id), rng, LinkRates(), last_k=last_k, now=self.now)
         peer = Peer(name, peer_id, incarnation, machine, dialable)
         self.peers[peer_id] = peer
         if link:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from moshpitd.averaging.all_reduce import AllReduce, AllReduceConfig, State
 from moshpitd.averaging.codecs import codec_named
+from moshpitd.averaging.compressors import Operation
 from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.messages import Address, Chunk, Group, Member, ReductionMessage
@@ -106,6 +107,8 @@ class GroupOnPaper:
         config: AllReduceConfig | None = None,
         latency_s: tuple[float, float] = LATENCY_S,
         starts_s: Sequence[float] | None = None,
+        operation: Operation = Operation.MEAN,
+        unsent: Sequence[Vector] | None = None,
     ) -> None:
         self.group = group
         self.now = 0.0
@@ -122,6 +125,8 @@ class GroupOnPaper:
         self._codec = codec_named(codec)
         self._config = config or AllReduceConfig()
         self._latency_s = latency_s
+        self._operation = operation
+        self._unsent = unsent
         self._rng = random.Random(seed)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -243,6 +248,8 @@ class GroupOnPaper:
             codec=self._codec,
             config=self._config,
             now=self.now,
+            operation=self._operation,
+            unsent=self._unsent[rank] if self._unsent else None,
         )
         self._carry_out(rank)
 

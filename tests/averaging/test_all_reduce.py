@@ -19,7 +19,6 @@ from moshpitd.averaging.all_reduce import (
     checksums,
     decode_average,
     reduce_chunk,
-    scaled_weights,
 )
 from moshpitd.averaging.codecs import codec_named
 from moshpitd.averaging.effects import Compute, Effect, Send
@@ -29,9 +28,11 @@ from moshpitd.averaging.messages import Chunk, Heartbeat, Holdings, Ready, Reduc
 from moshpitd.averaging.names import Rank, short
 from moshpitd.averaging.partition import ALIGNMENT, Piece
 from moshpitd.averaging.vector import DTYPES, Floats, Vector
+from moshpitd.averaging.weighted_mean import scaled_weights
 from tests.averaging.group_on_paper import GroupOnPaper, Message, flat, group_of, normal_vectors, number_of, peer
 
 TOLERANCE = {"float32": 1e-6, "float16": 3e-3, "bfloat16": 2e-2}
+TOLERANCE |= {name: codec_named(name).precision for name in ("flash8", "flash4-8:32", "flash2+spikes")}
 
 
 def group_on_paper(
@@ -823,7 +824,7 @@ def reduce_rows(
     dtype = rows[0].dtype
     piece = Piece(0, 0, len(rows[0]), next(name for name, known in DTYPES.items() if known == dtype), Rank(0))
     contributions = [
-        (coordinate, weight, None if rank == own else bytes(codec_named(codec).encode(row)))
+        (coordinate, weight, None if rank == own else bytes(codec_named(codec).contribution.encode(row)))
         for rank, (coordinate, weight, row) in enumerate(zip(coordinates, weights, rows, strict=True))
     ]
     output = np.empty_like(rows[0])
@@ -856,7 +857,7 @@ def test_the_reducer_keeps_what_its_code_decodes_to(dtype: str, codec: str) -> N
     assert isinstance(reduced, Reduced)
     received = np.empty_like(kept)
     piece = Piece(0, 0, 5000, dtype, Rank(0))
-    assert decode_average(piece, reduced.code, codec_named(codec), received) == reduced.checksum
+    assert decode_average(piece, reduced.code, codec_named(codec).average, received) == reduced.checksum
     assert received.tobytes() == kept.tobytes()
     again = np.empty_like(kept)
     assert decode_average(piece, kept.tobytes(), None, again) == reduced.checksum
@@ -909,9 +910,9 @@ def test_a_bad_average_is_refused_and_not_written() -> None:
     output = np.zeros(10, np.float32)
     piece = Piece(3, 100, 110, "float32", Rank(0))
     bad = np.array([1] * 9 + [np.nan], np.float32).tobytes()
-    for codec in (None, codec_named("float32")):
-        assert decode_average(piece, bad, codec, output) == "sent an average with nan at element 109"
-        assert isinstance(decode_average(piece, bad[:-1], codec, output), str)
+    for coding in (None, codec_named("float32").average):
+        assert decode_average(piece, bad, coding, output) == "sent an average with nan at element 109"
+        assert isinstance(decode_average(piece, bad[:-1], coding, output), str)
     assert not output.any()
 
 

@@ -703,6 +703,19 @@ def test_6_one_whose_time_is_too_short_for_the_data_is_told_both_numbers() -> No
     assert answer.needed_s == pytest.approx(2 * LAYOUT.byte_size / 1000.0)
 
 
+def test_6_a_rate_measured_too_low_refuses_nobody_and_leaves_time_for_the_others() -> None:
+    """Only in a group could it show a better one."""
+    seat = table(ANN, grace_s=60.0)
+    seat.seek()
+    slow = replace(member(BEN), up_bytes_s=LAYOUT.byte_size / 10, down_bytes_s=0.0)  # as if it took 20 s
+
+    seat.hear(replace(join_of(BEN, wait_s=10.0), applicant=slow), BEN)
+
+    assert not seat.said(TooShort, BEN)
+    seat.wait_until(lambda: seat.machine.group is not None)
+    assert seat.now == pytest.approx(5.0 - CONFIG.reserve_s)
+
+
 def test_6_one_whose_time_is_over_does_not_draw_others_into_a_group_without_time() -> None:
     """Its Leave is still on the way when the next one comes."""
     seat = table(ANN, expected=(ANN, CAT), grace_s=60.0)

@@ -465,6 +465,19 @@ def test_the_one_that_differs_from_most_is_told_the_first_difference_and_the_oth
     assert {ending.told.outcome for ending in endings.values()} == {Outcome.COMPLETE}
 
 
+def test_two_spellings_of_one_codec_are_no_difference() -> None:
+    swarm, peers = swarm_of(2, codec="flash8-8:128")
+    peers.append(swarm.open("third", replace(peers[0].machine.options, codec="flash8")))
+    swarm.run_for(1.0)
+
+    endings = swarm.average({peer: (packed(np.ones(ELEMENTS, np.float32)), Call()) for peer in peers})
+
+    for peer in peers:
+        assert endings[peer].told.outcome is Outcome.COMPLETE
+        assert [line.codec for line in endings[peer].told.rounds] == ["flash8"]
+        assert peer.machine.options.codec == "flash8"
+
+
 def test_other_options_than_most_are_named_too() -> None:
     swarm, peers = swarm_of(2)
     odd = swarm.open("odd", replace(peers[0].machine.options, codec="float16"))

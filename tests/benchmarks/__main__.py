@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import directory, exactness, failover, idle, matchmaking, whole_step
+from tests.benchmarks import codecs, directory, exactness, failover, idle, matchmaking, whole_step
 from tests.benchmarks.figures import Figure, Measured, WrongResult
 from tests.benchmarks.swarm import SwarmFailed
 
@@ -35,6 +35,7 @@ BENCHMARKS: dict[str, Callable[..., Measured]] = {
     "failover": failover.measure,
     "idle": idle.measure,
     "directory": directory.measure,
+    "codecs": codecs.measure,
 }
 PLAIN_WIDTH = 132
 PACKAGES = ("moshpitd", "moshpit_client", "grpcio", "protobuf", "numpy", "ml_dtypes", "kademlia", "uvloop")

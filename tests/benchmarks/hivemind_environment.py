@@ -35,6 +35,7 @@ CACHE_DIR = HERE.parent.parent / ".bench"
 REQUIREMENTS = HERE / "hivemind_requirements.txt"
 ROUND_SCRIPT = HERE / "hivemind_round.py"
 KILL_SCRIPT = HERE / "hivemind_kill.py"
+CODECS_SCRIPT = HERE / "hivemind_codecs.py"
 INSTALL_TIMEOUT_S = 900
 START_TIMEOUT_S = 120
 ROUND_TIMEOUT_S = 60
@@ -111,6 +112,29 @@ class HivemindKill:
     survivors: tuple[HivemindSurvivor, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class HivemindCodec:
+    """One of its codecs on normally distributed float32."""
+
+    codec: str
+    bits_per_element: float
+    encode_gb_s: float
+    """1e9 bytes of float32 a second, on one core; the fastest of all tries."""
+    decode_gb_s: float
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class HivemindCodecs:
+    """What `measure_codecs` found."""
+
+    hivemind: str
+    torch: str
+    codecs: tuple[HivemindCodec, ...]
+    missing: tuple[str, ...]
+    """Codecs that need what is not installed."""
+
+
 def make_environment(cache_dir: Path = CACHE_DIR) -> HivemindEnvironment:
     """Finds or makes the environment under `cache_dir`, checked to import hivemind and to hold a runnable p2pd."""
     _refuse_unknown_platform()
@@ -170,6 +194,14 @@ def measure_kill(environment: HivemindEnvironment, *, peers: int, megabytes: flo
     raw = json.loads(output.splitlines()[-1])
     survivors = tuple(HivemindSurvivor(**each) for each in raw["survivors"])
     return HivemindKill(raw["hivemind"], raw["data_seconds"], survivors)
+
+
+def measure_codecs(environment: HivemindEnvironment, *, seconds: float) -> HivemindCodecs:
+    """Its codecs, each direction for so many seconds."""
+    command = [str(environment.python), str(CODECS_SCRIPT), "--seconds", str(seconds)]
+    raw = json.loads(_run(command, "measure hivemind's codecs", START_TIMEOUT_S + 20 * seconds).splitlines()[-1])
+    codecs = tuple(HivemindCodec(**each) for each in raw["codecs"])
+    return HivemindCodecs(raw["hivemind"], raw["torch"], codecs, tuple(raw["missing"]))
 
 
 def _refuse_unknown_platform() -> None:

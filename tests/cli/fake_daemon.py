@@ -155,7 +155,16 @@ class FakeDaemon(DaemonServiceServicer):
 
     def GetStatus(self, request: pb.GetStatusRequest, context: grpc.ServicerContext) -> pb.GetStatusResponse:
         session = pb.SessionStatus(
-            session_id="s1", name="default", state="matching", epoch=7, grid="1x3", cell=[0, 2], live_sessions=3
+            name="default",
+            state="matching",
+            epoch=7,
+            grid="1x3",
+            cell=[0, 2],
+            live_sessions=3,
+            trainers=[
+                pb.TrainerStatus(session_id="s1", state="averaging", transport="shared-memory"),
+                pb.TrainerStatus(session_id="s2", state="waiting", transport="stream", transport_why="switched off"),
+            ],
         )
         session.averagings["complete"] = 6
         return pb.GetStatusResponse(
@@ -170,6 +179,7 @@ class FakeDaemon(DaemonServiceServicer):
             version="0.1.0",
             pid=4711,
             uptime_seconds=61.5,
+            bandwidth=pb.Bandwidth(up_bytes_s=1.25e7),
         )
 
     def ListPeers(self, request: pb.ListPeersRequest, context: grpc.ServicerContext) -> pb.ListPeersResponse:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from moshpitd.local.v1 import daemon_pb2 as pb
 from tests.cli.conftest import Moshpitd
-from tests.cli.fake_daemon import OTHER, FakeDaemon, answer, doubled, hang, refuse
+from tests.cli.fake_daemon import OTHER, FakeDaemon, answer, doubled, hang, receipt, refuse
 
 
 @pytest.fixture
@@ -146,6 +147,24 @@ def test_alone_when_allowed_writes_the_values_as_they_were(
     fake_daemon.script = answer(pb.OUTCOME_ALONE)
     assert moshpitd("average", source, "-o", output, "--allow-alone").returncode == 0
     assert load_file(output)["w"].tolist() == load_file(source)["w"].tolist()
+
+
+def test_alone_with_other_trainers_of_the_daemon_writes_their_mean_when_allowed(
+    fake_daemon: FakeDaemon, moshpitd: Moshpitd, source: Path, output: Path
+) -> None:
+    def local_mean(daemon: FakeDaemon, sent: bytes, context: grpc.ServicerContext) -> Iterator[pb.AverageResponse]:
+        alone = receipt(pb.OUTCOME_ALONE)
+        alone.local.trainers = 3
+        yield pb.AverageResponse(receipt=alone)
+        yield pb.AverageResponse(chunk=pb.VectorChunk(offset=0, data=doubled(sent)))
+
+    fake_daemon.script = local_mean
+    assert moshpitd("average", source, "-o", output).returncode == 5
+    assert_untouched(output)
+    done = moshpitd("average", source, "-o", output, "--allow-alone")
+    assert done.returncode == 0
+    assert "alone: averaging 7 with 0 other peers and 2 other trainers of this daemon" in done.stdout
+    assert load_file(output)["w"].tolist() == (2 * load_file(source)["w"]).tolist()
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,18 @@ def test_status_of_a_ready_daemon(fake_daemon: FakeDaemon, as_json: Callable[...
     assert isinstance(status, dict)
     assert (status["ready"], status["peer_id"], status["swarm"]) == (True, OWN, "demo")
     assert (status["listen"], status["peers"], status["dialable"]) == ("127.0.0.1:7600", 2, None)
+    assert status["bandwidth"] == {"up_bytes_s": 1.25e7, "down_bytes_s": 0.0}
     [session] = status["sessions"]
     assert (session["name"], session["cell"], session["averagings"]) == ("default", [0, 2], {"complete": 6})
+    assert [trainer["transport"] for trainer in session["trainers"]] == ["shared-memory", "stream"]
+
+
+def test_status_counts_trainers_by_the_way_their_values_take(fake_daemon: FakeDaemon, moshpitd: Moshpitd) -> None:
+    assert "1 shared-memory, 1 stream: switched off" in " ".join(moshpitd("status", COLUMNS="400").stdout.split())
+
+
+def test_status_tells_people_what_the_line_carries(fake_daemon: FakeDaemon, moshpitd: Moshpitd) -> None:
+    assert "12.5 MB/s out, not known in" in moshpitd("status").stdout
 
 
 def test_a_daemon_that_is_not_ready_exits_4_and_says_what_it_waits_for(

@@ -108,6 +108,7 @@ def test_the_receipt_is_the_contracts_json(daemon: Daemon) -> None:
                     {"peer": "1" * 64, "weight": 2.0, "coordinate": 0},
                     {"peer": "2" * 64, "weight": 2.0, "coordinate": 1},
                 ],
+                "links": [{"peer": "2" * 64, "transport": "grpc"}],
                 "spans": [{"reducer": "1" * 64, "start": 0, "stop": 3, "contributors": ["1" * 64, "2" * 64]}],
                 "dropped": [{"peer": "3" * 64, "why": "its stream broke"}],
                 "why": "one was dropped",
@@ -119,6 +120,7 @@ def test_the_receipt_is_the_contracts_json(daemon: Daemon) -> None:
         "why": "",
         "grid": "2x4",
         "session": "training",
+        "local": {"trainers": 1, "weight": 2.0},
     }
     assert daemon.rounds(limit=1, epoch=7) == [receipt]
     assert daemon.rounds(epoch=8) == []

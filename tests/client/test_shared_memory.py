@@ -44,7 +44,8 @@ def files(directory: Path) -> list[Path]:
 
 def hop(daemon: moshpit_client.Daemon) -> tuple[str, str]:
     [session] = daemon.status().sessions
-    return session.transport, session.transport_why
+    [trainer] = session.trainers
+    return trainer.transport, trainer.transport_why
 
 
 def mapped(process: DaemonProcess, directory: Path) -> bool:

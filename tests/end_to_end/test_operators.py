@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from tests.end_to_end.swarm import Peer, Swarm, Trainer, average_all, random_tensors, trainers, until
@@ -45,6 +46,15 @@ def test_status(peer: Peer) -> None:
 
 def test_status_says_that_the_daemon_can_be_dialled(peer: Peer) -> None:
     until(lambda: peer.json("status")["dialable"] is True)
+
+
+def test_status_tells_what_the_line_carried(swarm: Swarm) -> None:
+    peers = swarm.start(2)
+    assert peers[0].json("status")["bandwidth"] == {"up_bytes_s": 0.0, "down_bytes_s": 0.0}
+    with trainers(peers, lambda seed: {"w": np.full(1 << 20, seed, np.float32)}) as there:
+        average_all(there, [1.0, 1.0])
+    carried = [peer.json("status")["bandwidth"]["up_bytes_s"] for peer in peers]  # type: ignore[call-overload, index]
+    assert min(carried) > 1e6, "it outlives the session"
 
 
 def test_peers(averaged: list[Trainer], peer: Peer) -> None:

@@ -68,9 +68,12 @@ def test_wide_values_keep_their_precision_beside_narrow_ones(four: list[Peer]) -
         assert abs(there[0].tensors["w"][0] - (1 + 1.5e-12)) < 1e-15
 
 
-@pytest.mark.parametrize(("codec", "precision"), [("float16", 2**-10), ("bfloat16", 2**-7)])
-def test_a_narrow_codec_costs_precision_and_half_the_bytes_but_never_equality(
-    four: list[Peer], codec: str, precision: float
+@pytest.mark.parametrize(
+    ("codec", "precision", "bits"),
+    [("float16", 2**-10, 16), ("bfloat16", 2**-7, 16), ("flash8", 0.05, 8.25), ("flash4-8", 0.5, (4.25 + 8.25) / 2)],
+)
+def test_a_narrow_codec_costs_precision_and_saves_bytes_but_never_costs_equality(
+    four: list[Peer], codec: str, precision: float, bits: float
 ) -> None:
     def tensors(index: int) -> dict[str, Array]:
         return {"w": np.random.default_rng(index).standard_normal(200_000).astype(np.float32)}
@@ -83,7 +86,7 @@ def test_a_narrow_codec_costs_precision_and_half_the_bytes_but_never_equality(
     assert {receipt.digest for receipt in receipts} == {receipts[0].digest}
     assert receipts[0].rounds[0].codec == codec
     whole = 200_000 * 4 * 2 * 3 / 4  # a contribution to each other and an average from each, a quarter each
-    assert receipts[0].bytes.received == pytest.approx(whole / 2, rel=0.05)
+    assert receipts[0].bytes.received == pytest.approx(whole * bits / 32, rel=0.05)
 
 
 def test_epochs_given_are_the_count_and_the_past_is_refused(four: list[Peer]) -> None:
@@ -197,6 +200,29 @@ def test_receipts_tell_who_reduced_what_and_agree_with_each_other(four: list[Pee
     assert all(receipt.seconds.total > 0 and receipt.bytes.sent > 0 for receipt in receipts)
     for peer, receipt in zip(four, receipts, strict=True):
         assert sorted((*receipt.peers, peer.id)) == ids
+
+
+def test_a_trainer_that_keeps_training_adds_what_the_averaging_changed(four: list[Peer]) -> None:
+    with trainers(four, mixed, name="delta", min_peers=4) as there:
+        for averaging in range(2):
+            before = [{name: np.array(tensor) for name, tensor in trainer.tensors.items()} for trainer in there]
+            pending = [trainer.session.average_async(timeout=60.0, apply="delta") for trainer in there]
+            for tensor in there[0].tensors.values():
+                tensor[...] = (tensor * 0.5).astype(tensor.dtype)  # a large step, at once
+            assert {delta.result(60).outcome for delta in pending} == {"complete"}
+            assert np.array_equal(there[1].tensors["single"], before[1]["single"]), "nothing changes by itself"
+            assert {delta.apply().outcome for delta in pending} == {"complete"}
+            assert len({there[i].tensors[name].tobytes() for i in (1, 2, 3) for name in ("brain",)}) == 1
+            for name in there[0].tensors.keys() - {"none"}:
+                result, moved = there[1].tensors[name], there[0].tensors[name]
+                assert (
+                    error(result, mean([values[name] for values in before], [1.0] * 4)) <= ROUNDING[result.dtype.name]
+                )
+                expected = result.astype(np.float64) - before[0][name].astype(np.float64) / 2
+                assert error(moved, expected) <= 2 * ROUNDING[result.dtype.name], name
+            for index, trainer in enumerate(there):
+                for name, tensor in trainer.tensors.items():
+                    tensor[...] = mixed(10 * averaging + index)[name]
 
 
 def test_progress_says_how_many_are_missing(four: list[Peer]) -> None:

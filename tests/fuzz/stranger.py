@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from moshpitd.averaging.names import Key
 from moshpitd.identity import Identity
 from moshpitd.peer.conversation import Introduction
 from moshpitd.peer.door import SERVICE
+from moshpitd.peer.tcp import PURPOSE
 from moshpitd.peer.v1 import peer_pb2
 
 Call = grpc.aio.StreamStreamCall[bytes, bytes]
@@ -33,9 +35,10 @@ UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_p
 class Stranger:
     """An identity, and the daemon it molests."""
 
-    def __init__(self, home: Path, address: str, swarm: str, session: str) -> None:
+    def __init__(self, home: Path, address: str, bulk_port: int, swarm: str, session: str) -> None:
         self.identity = Identity.open(home)
         self.address = address
+        self.bulk_port = bulk_port
         self.session: Key = session_key(swarm_id(swarm), session)
         self._introduction = Introduction(self.identity, swarm_id(swarm))
 
@@ -81,6 +84,24 @@ class Stranger:
                 for frame in frames:
                     await call.write(frame)
 
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        """To the plain TCP path, before any hello."""
+        reader, writer = await asyncio.open_connection(self.address.rpartition(":")[0], self.bulk_port)
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+
+    async def greets(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Hello and proof of the plain TCP path."""
+        ours = self._introduction.hello(b"n" * 32)
+        writer.write(framed(peer_pb2.ConverseRequest(hello=ours).SerializeToString()))
+        (size,) = struct.unpack(">I", await reader.readexactly(4))
+        theirs = peer_pb2.ConverseResponse.FromString(await reader.readexactly(size)).hello
+        proof = peer_pb2.Proof(signature=self._introduction.sign(f"{PURPOSE}dialler", ours, theirs))
+        writer.write(framed(peer_pb2.ConverseRequest(proof=proof).SerializeToString()))
+
     def sends(self, datagrams: list[bytes]) -> None:
         host, _, port = self.address.rpartition(":")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
@@ -92,6 +113,11 @@ class Stranger:
 def swarm_id(swarm: str) -> bytes:
     """As the daemon makes it of its `--swarm`."""
     return hashlib.sha256(b"moshpitd swarm " + swarm.encode()).digest()
+
+
+def framed(body: bytes) -> bytes:
+    """As the plain TCP path has it."""
+    return struct.pack(">I", len(body)) + body
 
 
 def enveloped(envelope: peer_pb2.Envelope) -> bytes:

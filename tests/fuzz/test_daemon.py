@@ -7,6 +7,7 @@ lying daemon is a member of the group. `MOSHPITD_FUZZ=20 python -m pytest tests/
 from __future__ import annotations
 
 import asyncio
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from moshpitd.peer.v1 import peer_pb2
 from tests.end_to_end.swarm import Peer, Process, Swarm, Trainer, average_all, error, mean, random_tensors, trainers
 from tests.fuzz.nonsense import Changes, Overheard, change, changes, damage, every_message, noise
 from tests.fuzz.profile import FACTOR, tries
-from tests.fuzz.stranger import HUNG_UP, Stranger, enveloped
+from tests.fuzz.stranger import HUNG_UP, Stranger, enveloped, framed
 
 ELEMENTS = 1 << 18
 SESSION = "under-fire"
@@ -109,7 +110,10 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     with Swarm() as swarm, asyncio.Runner() as runner:
         peers = swarm.start(3)
         homes = tmp_path_factory.mktemp("strangers")
-        strangers = [Stranger(homes / str(n), peer.address, "test", SESSION) for n, peer in enumerate(peers)]
+        strangers = [
+            Stranger(homes / str(n), peer.address, peer.json("status")["bulk_port"], "test", SESSION)
+            for n, peer in enumerate(peers)
+        ]
         with trainers(peers, lambda i: random_tensors(i, ELEMENTS), name=SESSION, min_peers=3) as there:
             average_all(there)
             yield Front(peers, there, strangers, runner)
@@ -263,6 +267,37 @@ async def _flood_of_too_large_messages(stranger: Stranger) -> None:
             await stranger.transfers(channel, [frame])
 
 
+async def _flood_of_tcp_connections(stranger: Stranger) -> None:
+    """Silent ones, such that say they will send much, garbage, and openings of groups that do not exist."""
+    openings = [
+        peer_pb2.TransferRequest(
+            open=peer_pb2.TransferOpen(group_id=number.to_bytes(16, "big"), session=stranger.session)
+        )
+        for number in range(3)
+    ]
+
+    async def call(number: int) -> None:
+        with suppress(OSError, EOFError):
+            async with stranger.connection() as (reader, writer):
+                match number % 4:
+                    case 0:
+                        writer.write(struct.pack(">I", 1 << 30) + bytes(1000))
+                    case 1:
+                        writer.write(framed(b"\xff" * 500))
+                    case 2:
+                        await stranger.greets(reader, writer)
+                        writer.write(struct.pack(">I", 4 << 20) + bytes(1 << 20))
+                    case _:
+                        await stranger.greets(reader, writer)
+                        for opening in openings:
+                            writer.write(framed(opening.SerializeToString()))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await reader.read()
+
+    await asyncio.gather(*(call(number) for number in range(200)))
+
+
 async def _flood_of_datagrams(stranger: Stranger) -> None:
     """From invented nodes."""
     for number in range(3_000):
@@ -277,6 +312,7 @@ FLOODS = [
     _flood_of_conversations,
     _flood_of_transfers,
     _flood_of_too_large_messages,
+    _flood_of_tcp_connections,
     _flood_of_datagrams,
 ]
 

@@ -284,7 +284,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     door = await PeerDoor.open("127.0.0.1", 0, identity=identity, swarm_id=swarm_id("test"), config=CONFIG_OF_DOOR)
     told = Told()
     await door.serve(told)
-    stranger = Stranger(tmp_path / "stranger", f"127.0.0.1:{door.port}", "test", "any")
+    stranger = Stranger(tmp_path / "stranger", f"127.0.0.1:{door.port}", door.bulk_port, "test", "any")
     stranger.session = SESSION
     yield House(door, told, stranger, escaped)
     await door.close(0.2)

@@ -9,10 +9,11 @@ the result half sent, `gathers` sees one more live session at every look.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,10 +21,20 @@ import numpy.typing as npt
 
 from moshpitd.averaging.errors import NoGroup, Precondition
 from moshpitd.averaging.names import PeerId
-from moshpitd.averaging.receipt import DroppedLine, MemberLine, Outcome, Receipt, RoundReceipt, SpanLine
+from moshpitd.averaging.receipt import (
+    DroppedLine,
+    LinkLine,
+    LocalLine,
+    MemberLine,
+    Outcome,
+    Receipt,
+    RoundReceipt,
+    SpanLine,
+)
 from moshpitd.averaging.session import Call, SessionOptions, SessionStatus
 from moshpitd.averaging.vector import Vector
-from moshpitd.driver import Averaged, PeerLine, ProgressNote, SessionLine
+from moshpitd.driver import Averaged, PeerLine, ProgressNote
+from moshpitd.households import HouseholdLine, TrainerLine
 
 ME, OTHER, LOST = (PeerId(digit * 64) for digit in "123")
 
@@ -52,6 +63,9 @@ class ScriptedInfo:
     pid: int = field(default_factory=os.getpid)
     uptime_s: float = 1.5
     dialable: bool | None = None
+    bulk_port: int = 7601
+    up_bytes_s: float = 1.25e7
+    down_bytes_s: float = 0.0
     config_values: tuple[Setting, ...] = (Setting("swarm", "test", "flag"), Setting("grid", "auto", "default"))
 
 
@@ -69,6 +83,7 @@ def receipt(outcome: Outcome, vector: Vector, weight: float) -> Receipt:
         codec="float32",
         transport="grpc",
         members=(MemberLine(ME, weight), MemberLine(OTHER, 2.0, 1)),
+        links=(LinkLine(OTHER, "grpc"),),
         spans=(SpanLine(ME, 0, vector.layout.elements, (ME, OTHER)),),
         dropped=(DroppedLine(LOST, "its stream broke"),),
         why="one was dropped",
@@ -93,11 +108,13 @@ def receipt(outcome: Outcome, vector: Vector, weight: float) -> Receipt:
         bytes_received=20,
         grid="2x4",
         rounds=() if alone else (line,),
+        local=LocalLine(1, weight),
     )
 
 
 class ScriptedDriver:
-    """Its methods are those of `moshpitd.driver.Driver`. `tell` hears of everything that happens, one line each."""
+    """Its methods are those of `moshpitd.households.Households`, each trainer in a household of its own. `tell` hears
+    of everything that happens, one line each."""
 
     def __init__(self, tell: Callable[[str], None] = lambda line: None) -> None:
         self.draining = False
@@ -164,13 +181,17 @@ class ScriptedDriver:
         _double(vector, spare)
         return Averaged(done, spare)
 
-    def sessions(self) -> list[SessionLine]:
+    @contextlib.contextmanager
+    def coming(self, session_id: str) -> Iterator[None]:
+        yield
+
+    def sessions(self) -> list[HouseholdLine]:
         live = next(self._looks)
         return [
-            SessionLine(
-                session_id,
+            HouseholdLine(
                 options,
                 SessionStatus("idle", "", 7, "2x4", (1, 3), live if options.name == "gathers" else 2, {"complete": 3}),
+                (TrainerLine(session_id, "computing"),),
             )
             for session_id, options in self.opened.items()
         ]

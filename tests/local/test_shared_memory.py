@@ -53,8 +53,8 @@ class Trainer:
 
     async def hop(self) -> tuple[str, str]:
         status = await self.door.stub.GetStatus(pb.GetStatusRequest(), timeout=DEADLINE_S)
-        [session] = [each for each in status.sessions if each.session_id == self.session_id]
-        return session.transport, session.transport_why
+        [trainer] = [each for one in status.sessions for each in one.trainers if each.session_id == self.session_id]
+        return trainer.transport, trainer.transport_why
 
     async def streams(self) -> None:
         """See that the session averages all the same."""

@@ -1,3 +1,5 @@
+"""Doors for the tests of this room."""
+
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import psutil
+
 from moshpitd.averaging.all_reduce import Outgoing
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.messages import Address, Chunk, Group, Member, Message
@@ -29,6 +31,7 @@ class Told:
     lost: list[tuple[PeerId, str]] = field(default_factory=list)
     chunks: list[tuple[Rank, int, bytes]] = field(default_factory=list)
     streams_lost: list[tuple[Rank, str]] = field(default_factory=list)
+    opened: list[GroupId] = field(default_factory=list)
     transports: dict[Rank, str] = field(default_factory=dict)
     dialable: list[bool] = field(default_factory=list)
     outgoing: dict[Rank, list[Outgoing]] = field(default_factory=dict)
@@ -44,13 +47,14 @@ class Told:
         self.lost.append((peer, why))
 
     def chunk_received(self, session: Key, group_id: GroupId, sender: Rank, chunk: Chunk) -> None:
-        assert (session, group_id) == (SESSION, GROUP_ID)
+        assert session == SESSION
         self.chunks.append((sender, chunk.index, bytes(chunk.payload)))
 
     def next_outgoing(self, session: Key, group_id: GroupId, rank: Rank) -> Outgoing | None:
         return self.outgoing[rank].pop(0) if self.outgoing.get(rank) else None
 
     def stream_opened(self, session: Key, group_id: GroupId, rank: Rank, transport: str) -> None:
+        self.opened.append(group_id)
         self.transports[rank] = transport
 
     def stream_lost(self, session: Key, group_id: GroupId, rank: Rank, why: str) -> None:
@@ -76,6 +80,12 @@ class House:
     def address(self) -> Address:
         return Address(f"127.0.0.1:{self.door.port}")
 
+    def callers(self) -> int:
+        """TCP connections that others hold to it."""
+        ports = {self.door.port, self.door.bulk_port}
+        held = [each for each in psutil.Process().net_connections("tcp") if each.status == psutil.CONN_ESTABLISHED]
+        return sum(each.laddr.port in ports for each in held)
+
     def say(self, to: House, message: Message, at: str | None = None) -> None:
         self.door.send(SESSION, to.id, to.address if at is None else at, message)
 
@@ -89,9 +99,18 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.005)
 
 
-def group_of(*houses: House) -> Group:
+def group_of(*houses: House, bulk_port: int | None = None) -> Group:
+    """`bulk_port`: what is told of all of them, instead of the truth."""
     members = tuple(
-        Member(each.id, each.identity.incarnation, rank, 1.0, each.address, True, bulk_port=each.door.bulk_port)
+        Member(
+            each.id,
+            each.identity.incarnation,
+            rank,
+            1.0,
+            each.address,
+            True,
+            bulk_port=each.door.bulk_port if bulk_port is None else bulk_port,
+        )
         for rank, each in enumerate(houses)
     )
     n = len(members)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -12,15 +13,34 @@ import grpc.aio
 import pytest
 
 from moshpitd.averaging.messages import Group
-from moshpitd.averaging.names import Rank
+from moshpitd.averaging.names import GroupId, Rank
 from moshpitd.identity import Identity
 from moshpitd.peer import wire
+from moshpitd.peer.channels import PeerConfig
 from moshpitd.peer.v1 import peer_pb2
-from tests.peer.houses import DEADLINE_S, GROUP_ID, SESSION, SWARM, House, Houses, chunk, group_of, until
+from tests.peer.houses import CONFIG, DEADLINE_S, GROUP_ID, SESSION, SWARM, House, Houses, chunk, group_of, until
+
+OTHER_GROUP_ID = GroupId(b"h" * 16)
 
 
-async def test_chunks_travel_both_ways_whoever_dialled(house: Houses) -> None:
-    ours, theirs = await house(), await house()
+def over(transport: str, **more: int | float) -> PeerConfig:
+    return dataclasses.replace(CONFIG, transport=transport, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ours_over", "theirs_over", "expected"),
+    [
+        ("auto", "auto", "tcp"),
+        ("tcp", "auto", "tcp"),
+        ("auto", "tcp", "tcp"),
+        ("grpc", "auto", "grpc"),
+        ("auto", "grpc", "grpc"),
+    ],
+)
+async def test_chunks_travel_both_ways_whoever_dialled(
+    house: Houses, ours_over: str, theirs_over: str, expected: str
+) -> None:
+    ours, theirs = await house(config=over(ours_over)), await house(config=over(theirs_over))
     group = group_of(ours, theirs)
     ours.told.outgoing[Rank(1)] = [chunk(index, bytes([index]) * 1_000_000) for index in range(5)]
     theirs.told.outgoing[Rank(0)] = [chunk(9, b"")]
@@ -35,7 +55,57 @@ async def test_chunks_travel_both_ways_whoever_dialled(house: Houses) -> None:
     await until(lambda: len(ours.told.chunks) == 2)
     for each in (ours, theirs):
         each.door.close_streams(GROUP_ID)
+    assert ours.told.transports == {Rank(1): expected} and theirs.told.transports == {Rank(0): expected}
     assert ours.told.streams_lost == theirs.told.streams_lost == []
+
+
+@pytest.mark.parametrize("transport", ["grpc", "tcp"])
+async def test_over_a_long_way_two_members_use_several_links(house: Houses, transport: str) -> None:
+    ours = await house(config=over(transport, links=4))
+    theirs = await house(config=over(transport))
+    ours.told.outgoing[Rank(1)] = [chunk(index, bytes([index]) * 300_000) for index in range(40)]
+    for each, rank in ((ours, 0), (theirs, 1)):
+        each.door.open_streams(SESSION, group_of(ours, theirs), Rank(rank))
+    await until(lambda: len(theirs.told.chunks) == 40)
+    assert sorted(index for _, index, _ in theirs.told.chunks) == list(range(40))
+    assert theirs.callers() == 4
+    for each in (ours, theirs):
+        each.door.close_streams(GROUP_ID)
+    assert ours.told.streams_lost == theirs.told.streams_lost == []
+
+
+async def test_a_tcp_port_that_cannot_be_reached_costs_one_try_and_not_the_round(house: Houses) -> None:
+    ours, theirs = await house(), await house()
+    with socket.socket() as behind_a_firewall:
+        behind_a_firewall.bind(("127.0.0.1", 0))  # bound, not listening: it refuses
+        group = group_of(ours, theirs, bulk_port=behind_a_firewall.getsockname()[1])
+        ours.told.outgoing[Rank(1)] = [chunk(0, b"abc")]
+        for each, rank in ((ours, 0), (theirs, 1)):
+            each.door.open_streams(SESSION, group, Rank(rank))
+        await until(lambda: theirs.told.chunks)
+    assert ours.told.transports == {Rank(1): "grpc"}
+    assert ours.told.streams_lost == theirs.told.streams_lost == []
+    for each in (ours, theirs):
+        each.door.close_streams(GROUP_ID)
+    later = dataclasses.replace(group_of(ours, theirs), group_id=OTHER_GROUP_ID)
+    for each, rank in ((ours, 0), (theirs, 1)):
+        each.door.open_streams(SESSION, later, Rank(rank))
+    await until(lambda: len(ours.told.opened) == 2)
+    assert ours.told.transports == {Rank(1): "grpc"}  # though its port is right now
+
+
+@pytest.mark.parametrize(
+    ("ours_over", "theirs_over", "complaint"),
+    [("tcp", "grpc", "--transport tcp"), ("grpc", "tcp", "failed_precondition")],
+)
+async def test_two_that_share_no_way_tell_which(
+    house: Houses, ours_over: str, theirs_over: str, complaint: str
+) -> None:
+    ours, theirs = await house(config=over(ours_over)), await house(config=over(theirs_over))
+    for each, rank in ((ours, 0), (theirs, 1)):
+        each.door.open_streams(SESSION, group_of(ours, theirs), Rank(rank))
+    await until(lambda: ours.told.streams_lost)
+    assert ours.told.streams_lost[0][0] == 1 and complaint in ours.told.streams_lost[0][1]
 
 
 @asynccontextmanager

@@ -46,6 +46,14 @@ def test_bulk_queues_on_a_downlink_whoever_it_is_from() -> None:
     assert net.arrival(B, C, MB, (0.0, 0.0), 0.0) == pytest.approx(2.0)
 
 
+def test_what_a_slow_uplink_brings_later_holds_up_nobody_on_a_downlink() -> None:
+    net = network(a=Link(up_bytes_s=MB), c=Link(down_bytes_s=10 * MB))
+    assert net.arrival(A, C, MB, (0.0, 0.0), 0.0) == pytest.approx(1.1)
+    assert net.arrival(B, C, MB, (0.0, 0.0), 0.0) == pytest.approx(0.1)
+    assert net.arrival(B, C, 9.5 * MB, (0.0, 0.0), 0.0) == pytest.approx(1.1 + 0.95), "there is no gap for so much"
+    assert net.arrival(B, C, MB, (0.0, 0.0), 5.0) == pytest.approx(5.1)
+
+
 def test_a_slow_line_is_slow_also_towards_peers_without_one() -> None:
     net = network(a=Link(up_bytes_s=MB, delay_s=0.1))
     assert net.arrival(A, B, MB, (0.0, 0.0), 0.0) == pytest.approx(1.1)

@@ -20,18 +20,21 @@ from moshpit_client.errors import (
     ResourceExhausted,
     WrongProcess,
 )
-from moshpit_client.receipt import Dropped, Member, Receipt, Round, Seconds, Span, Traffic
-from moshpit_client.session import Progress, Session
-from moshpit_client.status import ConfigValue, Peer, SessionStatus, Status
+from moshpit_client.receipt import Dropped, Local, Member, Receipt, Round, Seconds, Span, Traffic
+from moshpit_client.session import Delta, Progress, Session
+from moshpit_client.status import Bandwidth, ConfigValue, Peer, SessionStatus, Status, TrainerStatus
 
 __all__ = [
+    "Bandwidth",
     "ConfigValue",
     "Daemon",
     "DaemonBug",
     "DaemonLeaving",
     "DaemonUnreachable",
+    "Delta",
     "Dropped",
     "InvalidInput",
+    "Local",
     "Member",
     "MoshpitError",
     "NoGroup",
@@ -48,6 +51,7 @@ __all__ = [
     "Span",
     "Status",
     "Traffic",
+    "TrainerStatus",
     "WrongProcess",
     "connect",
 ]

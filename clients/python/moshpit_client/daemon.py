@@ -79,7 +79,8 @@ class Daemon:
         min_peers: begin each averaging only when so many live sessions are there, this one included.
         initial_peers: the same, for the first averaging only.
         rounds: of an averaging; "auto" gives the exact mean of the swarm.
-        codec: how values travel between peers: float32 (lossless for every dtype), float16, bfloat16.
+        codec: how values travel between peers: float32 (lossless for every dtype), float16, bfloat16, or block-wise
+            integers, flash<bits>[-<all-gather bits>][:<group>][+spikes]: flash8, flash4-8, flash3:32+spikes.
         joining: whether a newcomer's first averaging only receives the swarm's mean or counts at once.
         lonely_wait: seconds an averaging looks for somebody while nobody else is known.
         shared_memory: share memory with the daemon where that is possible; `Daemon.status` says whether and why not.

@@ -38,9 +38,16 @@ class Member(Record):
     weight: float
     """What it carried into the round."""
     coordinate: int
-    transport: str = ""
-    """Over what chunks travelled between it and this peer: grpc or tcp; empty for this peer itself."""
     """On the round's axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link(Record):
+    """Over what chunks travelled between another member and this peer."""
+
+    peer: str
+    transport: str
+    """grpc or tcp"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,9 @@ class Round(Record):
     rank: int
     codec: str
     transport: str
+    """grpc, tcp, or both joined by a plus"""
     members: tuple[Member, ...]
+    links: tuple[Link, ...]
     spans: tuple[Span, ...]
     dropped: tuple[Dropped, ...]
     why: str
@@ -88,11 +97,22 @@ class Round(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Local(Record):
+    """Who stands behind this peer's contribution."""
+
+    trainers: int
+    """Of this daemon, averaged before anything travelled."""
+    weight: float
+    """One's own among them; 0 for who only received. In `Daemon.rounds`, one receipt an averaging, their sum."""
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt(Record):
     """One averaging."""
 
     outcome: str
-    """complete, partial or alone. When alone the tensors are as they were."""
+    """complete, partial or alone. When alone the tensors are as they were, or, with other trainers of the same daemon
+    (`local`), their mean."""
     epoch: int
     """The number of this averaging in the swarm."""
     joined: bool
@@ -112,6 +132,7 @@ class Receipt(Record):
     """2x4, say."""
     session: str
     """The session's name."""
+    local: Local
 
 
 _OUTCOMES = {pb.OUTCOME_COMPLETE: "complete", pb.OUTCOME_PARTIAL: "partial", pb.OUTCOME_ALONE: "alone"}
@@ -131,6 +152,7 @@ def read_receipt(message: pb.Receipt) -> Receipt:
         why=message.why,
         grid=message.grid,
         session=message.session,
+        local=Local(message.local.trainers, message.local.weight),
     )
 
 
@@ -145,9 +167,8 @@ def _round(message: pb.Round) -> Round:
         rank=message.rank,
         codec=message.codec,
         transport=message.transport,
-        members=tuple(
-            Member(member.peer, member.weight, member.coordinate, member.transport) for member in message.members
-        ),
+        members=tuple(Member(member.peer, member.weight, member.coordinate) for member in message.members),
+        links=tuple(Link(link.peer, link.transport) for link in message.links),
         spans=tuple(Span(span.reducer, span.start, span.stop, tuple(span.contributors)) for span in message.spans),
         dropped=tuple(Dropped(dropped.peer, dropped.why) for dropped in message.dropped),
         why=message.why,

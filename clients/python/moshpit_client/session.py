@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from moshpit_client.errors import (
 )
 from moshpit_client.receipt import Receipt, read_receipt
 from moshpit_client.shared_memory import NotShared, SharedBuffers
-from moshpit_client.tensors import TensorSpec, View, canonical, pack, pack_into, unpack, view
+from moshpit_client.tensors import TensorSpec, View, add_change, canonical, pack, pack_into, unpack, view
 from moshpit_client.v1 import daemon_pb2 as pb
 
 CLOSE_SECONDS = 60.0
@@ -48,6 +49,52 @@ class Progress:
 
 
 ProgressCall = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Change:
+    """What an averaging brought: both packed, both ours alone."""
+
+    before: npt.NDArray[np.uint8]
+    after: npt.NDArray[np.uint8]
+
+
+class Delta(Future[Receipt]):
+    """What `Session.average_async(apply="delta")` returns: a future of the receipt, and the change, to be applied at a
+    moment of the trainer's choosing."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+        self._change: _Change | None = None
+        self._is_over = False
+        self._applying = threading.Lock()
+
+    def apply(self, timeout: float | None = None) -> Receipt:
+        """Wait until the averaging is done, then add what it changed to the tensors as they are now, in this thread and
+        in place: tensor = result + (tensor - contribution). Once: called again it only returns the receipt.
+
+        timeout: seconds to wait here; None waits for the averaging's own end. Raises TimeoutError, or the error of the
+        averaging, and then the tensors are as they were.
+        """
+        receipt = self.result(timeout)
+        with self._applying:
+            if self._change is not None:
+                self._session._apply(self._change)
+            self._change, self._is_over = None, True
+        return receipt
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether there is, or may come, something to apply."""
+        if not self.done():
+            return True
+        return not self.cancelled() and self.exception() is None and not self._is_over
+
+    def bring(self, receipt: Receipt, change: _Change | None) -> None:
+        """For the session: how the averaging ended."""
+        self._change, self._is_over = change, change is None
+        self.set_result(receipt)
 
 
 class Session:
@@ -74,6 +121,8 @@ class Session:
         self._shared: SharedBuffers | None = None
         self._shared_is_ours = True
         """False from a call's start until its receipt: after an error the daemon may still read what we gave it."""
+        self._delta: Delta | None = None
+        """The last one: two at once would count what the first brought twice."""
         self._closed = False
         with connection.errors():
             # Held open, not read: the session lives as long as this call.
@@ -117,6 +166,7 @@ class Session:
         InvalidInput for tensors that cannot be written (JAX): use `average_values`.
         """
         self._require()
+        self._require_applied()
         with self._turn:
             views = [self._view(spec) for spec in self._specs]
             receipt, packed = self._exchange(views, self._kept_staging, weight, timeout, epoch, progress)
@@ -126,32 +176,68 @@ class Session:
                     np.copyto(each.array, arrays[each.spec.name])
             return receipt
 
+    @overload
     def average_async(
         self,
         weight: float = 1.0,
         timeout: float = 60.0,
         epoch: int | None = None,
         progress: ProgressCall | None = None,
-    ) -> Future[Receipt]:
-        """`average` in a thread of its own: neither read nor write the tensors until the future is done.
+        *,
+        apply: Literal["overwrite"] = "overwrite",
+    ) -> Future[Receipt]: ...
 
-        `progress` is called in that thread. A future can be cancelled while it waits for its turn.
+    @overload
+    def average_async(
+        self,
+        weight: float = 1.0,
+        timeout: float = 60.0,
+        epoch: int | None = None,
+        progress: ProgressCall | None = None,
+        *,
+        apply: Literal["delta"],
+    ) -> Delta: ...
+
+    def average_async(
+        self,
+        weight: float = 1.0,
+        timeout: float = 60.0,
+        epoch: int | None = None,
+        progress: ProgressCall | None = None,
+        *,
+        apply: Literal["overwrite", "delta"] = "overwrite",
+    ) -> Future[Receipt]:
+        """`average` in a thread of its own, where `progress` is called too. A future can be cancelled while it waits
+        for its turn.
+
+        apply: "overwrite" puts the result into the tensors as soon as it is here: neither read nor write them until the
+        future is done. With "delta" the trainer keeps computing on them: what counts are the values at the time of this
+        call, copied before it returns, and `Delta.apply`, called by the trainer between two steps, adds what the
+        averaging changed to what the tensors are by then. Until it is applied the session averages nothing else. Takes
+        two vectors of memory.
+
+            pending = session.average_async(weight=samples, timeout=30.0, apply="delta")
+            for batch in some_batches:
+                train(batch)
+            receipt = pending.apply()
         """
         self._require()
-        future: Future[Receipt] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                receipt = self.average(weight, timeout, epoch, progress)
-            except BaseException as error:  # whatever it is belongs to who asks the future
-                future.set_exception(error)
-            else:
-                future.set_result(receipt)
-
-        threading.Thread(target=run, name=f"moshpit-average-{self.name}", daemon=True).start()
-        return future
+        self._require_applied()
+        match apply:
+            case "overwrite":
+                future: Future[Receipt] = Future()
+                self._in_background(future, lambda: future.set_result(self.average(weight, timeout, epoch, progress)))
+                return future
+            case "delta":
+                before = self._new_staging()
+                pack_into(before, [self._view(spec) for spec in self._specs])
+                self._delta = delta = Delta(self)
+                self._in_background(
+                    delta, lambda: delta.bring(*self._exchange_copy(before, weight, timeout, epoch, progress))
+                )
+                return delta
+            case _:
+                raise InvalidInput(f"apply={apply!r}: give 'overwrite' or 'delta'")
 
     def average_values(
         self,
@@ -172,6 +258,7 @@ class Session:
         begins. Together with `contribution` nothing is copied between trainer and daemon.
         """
         self._require()
+        self._require_applied()
         views = [self._given(spec, tensors) for spec in self._specs]
         if unknown := sorted(tensors.keys() - {spec.name for spec in self._specs}):
             raise InvalidInput(f"tensor {unknown[0]!r} is not of this session: open one that has it")
@@ -242,6 +329,49 @@ class Session:
         if self._closed:
             raise MoshpitError(f"session {self.name!r} is closed: open another")
 
+    def _in_background(self, future: Future[Receipt], work: Callable[[], None]) -> None:
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                work()
+            except BaseException as error:  # whatever it is belongs to who asks the future
+                future.set_exception(error)
+
+        threading.Thread(target=run, name=f"moshpit-average-{self.name}", daemon=True).start()
+
+    def _exchange_copy(
+        self,
+        before: npt.NDArray[np.uint8],
+        weight: float,
+        timeout: float,
+        epoch: int | None,
+        progress: ProgressCall | None,
+    ) -> tuple[Receipt, _Change | None]:
+        """Average packed values; the result is a copy too, for as long as it is wanted."""
+        arrays = unpack(before, self._specs)
+        views = [View(spec, arrays[spec.name], arrays[spec.name].dtype, False, before) for spec in self._specs]
+        with self._turn:
+            receipt, after = self._exchange(views, self._new_staging, weight, timeout, epoch, progress)
+            if after is None:
+                return receipt, None
+            return receipt, _Change(before, after if after.flags.owndata else after.copy())
+
+    def _apply(self, change: _Change) -> None:
+        views = [self._view(spec) for spec in self._specs]
+        if frozen := next((each.spec.name for each in views if each.immutable), None):
+            raise InvalidInput(f"tensor {frozen!r} cannot be written any more: make it writable, then apply again")
+        before, after = (unpack(packed, self._specs) for packed in (change.before, change.after))
+        for each in views:
+            add_change(each, before[each.spec.name], after[each.spec.name])
+
+    def _require_applied(self) -> None:
+        if self._delta is not None and self._delta.is_pending:
+            raise MoshpitError(
+                f"the last averaging of session {self.name!r} has not been applied: call apply() on what "
+                "average_async returned first"
+            )
+
     def _view(self, spec: TensorSpec) -> View:
         tensor = self._tensors.get(spec.name)
         if tensor is None:
@@ -264,7 +394,8 @@ class Session:
         epoch: int | None,
         progress: ProgressCall | None,
     ) -> tuple[Receipt, npt.NDArray[np.uint8] | None]:
-        """One averaging: the whole packed result, None when alone. `staging` is for one that is streamed."""
+        """One averaging: the whole packed result, None when nobody else was there. `staging` is for one that is
+        streamed."""
         if epoch is not None and not 0 <= epoch < 1 << 64:
             raise InvalidInput(f"epoch={epoch}: give a whole number of at least 0")
         if self._initial_peers > 1:
@@ -303,12 +434,10 @@ class Session:
             finally:
                 call.cancel()
         self._initial_peers = 1
-        alone = receipt is not None and receipt.outcome == "alone"
-        if packed is None and shared is not None and not alone:
+        if packed is None and shared is not None:
             packed = shared.result()
-        elif packed is not None and arrived != len(packed):
-            packed = None
-        if receipt is None or alone != (packed is None):
+        is_whole = arrived in (0, self._vector_bytes)
+        if receipt is None or not is_whole or (packed is None and receipt.outcome != "alone"):
             raise DaemonBug("the daemon's result has no receipt or is too short: report it with its log")
         self._shared_is_ours = True
         return receipt, packed
@@ -319,7 +448,11 @@ class Session:
         while True:
             with self._connection.errors():
                 status = self._connection.calls.get_status(pb.GetStatusRequest(), timeout=ANSWER_SECONDS)
-            here = [each.live_sessions for each in status.sessions if each.session_id == self.session_id]
+            here = [
+                each.live_sessions
+                for each in status.sessions
+                if any(trainer.session_id == self.session_id for trainer in each.trainers)
+            ]
             if not here:
                 raise NotFound(f"the daemon has no session {self.name!r} any more: open it again")
             waited = time.monotonic() - began

@@ -9,10 +9,22 @@ from moshpit_client.v1 import daemon_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
-class SessionStatus(Record):
-    """A session of the daemon."""
+class TrainerStatus(Record):
+    """One of the trainers that share a session of the daemon."""
 
     session_id: str
+    state: str
+    """computing, waiting (for the daemon's other trainers) or averaging"""
+    transport: str
+    """How values travel between trainer and daemon: shared-memory or stream."""
+    transport_why: str
+    """Why they are streamed; empty otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatus(Record):
+    """A session of the daemon, shared by its trainers."""
+
     name: str
     state: str
     """idle, gathering, matching, reducing or closing"""
@@ -27,10 +39,17 @@ class SessionStatus(Record):
     averagings: dict[str, int]
     """Ended ones by outcome."""
     codec: str
-    transport: str
-    """How values travel between trainer and daemon: shared-memory or stream."""
-    transport_why: str
-    """Why they are streamed; empty otherwise."""
+    trainers: tuple[TrainerStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth(Record):
+    """A daemon's line to the others, as its rounds showed it."""
+
+    up_bytes_s: float
+    """0 while no round showed it."""
+    down_bytes_s: float
+    """0 also while it was never the obstacle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +62,8 @@ class Status(Record):
     swarm: str
     listen: str
     announce: str
+    bulk_port: int
+    """Of the plain TCP path for chunks; 0 where it is not offered."""
     peers: int
     """Other daemons known to be alive."""
     sessions: tuple[SessionStatus, ...]
@@ -54,6 +75,7 @@ class Status(Record):
     draining: bool
     dialable: bool | None
     """Whether other peers can dial it; None while unknown."""
+    bandwidth: Bandwidth
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +108,7 @@ def read_status(message: pb.GetStatusResponse) -> Status:
         swarm=message.swarm,
         listen=message.listen,
         announce=message.announce,
+        bulk_port=message.bulk_port,
         peers=message.peers,
         sessions=tuple(map(_session, message.sessions)),
         waiting_for=message.waiting_for,
@@ -94,12 +117,12 @@ def read_status(message: pb.GetStatusResponse) -> Status:
         uptime_seconds=message.uptime_seconds,
         draining=message.draining,
         dialable=message.dialable if message.HasField("dialable") else None,
+        bandwidth=Bandwidth(message.bandwidth.up_bytes_s, message.bandwidth.down_bytes_s),
     )
 
 
 def _session(message: pb.SessionStatus) -> SessionStatus:
     return SessionStatus(
-        session_id=message.session_id,
         name=message.name,
         state=message.state,
         waiting_for=message.waiting_for,
@@ -110,9 +133,12 @@ def _session(message: pb.SessionStatus) -> SessionStatus:
         vector_bytes=message.vector_bytes,
         averagings=dict(message.averagings),
         codec=message.codec,
-        transport=message.transport,
-        transport_why=message.transport_why,
+        trainers=tuple(map(_trainer, message.trainers)),
     )
+
+
+def _trainer(message: pb.TrainerStatus) -> TrainerStatus:
+    return TrainerStatus(message.session_id, message.state, message.transport, message.transport_why)
 
 
 def read_peer(message: pb.Peer) -> Peer:

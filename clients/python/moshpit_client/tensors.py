@@ -153,6 +153,36 @@ def unpack(packed: npt.NDArray[np.uint8], specs: Sequence[TensorSpec]) -> dict[s
     return arrays
 
 
+def add_change(view: View, before: npt.NDArray[np.generic], after: npt.NDArray[np.generic]) -> None:
+    """Move the tensor as it is now by what lies between `before`, which is spoilt, and `after`, as `unpack` gives them.
+
+    What it moved by itself since `before` is added to `after`, so one that did not move becomes `after` to the bit.
+    16-bit types are added in float32 and rounded once.
+    """
+    match view.spec.dtype:
+        case "bfloat16":
+            moved = _bfloat16_values(view.array) - _bfloat16_values(before)
+            np.copyto(view.array, _bfloat16_bits(_bfloat16_values(after) + moved))
+        case "float16":
+            moved = view.array.astype(np.float32) - before.astype(np.float32)
+            np.copyto(view.array, after.astype(np.float32) + moved, casting="same_kind")
+        case _:
+            np.subtract(view.array, before, out=before)
+            np.add(after, before, out=before)
+            np.copyto(view.array, before)
+
+
+def _bfloat16_values(bits: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Rounded to the nearest, ties to even; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
 def _bytes_of(view: View) -> memoryview:
     flat = np.ascontiguousarray(view.array, DTYPES[view.spec.dtype]).reshape(-1)
     return flat.view(np.uint8).data

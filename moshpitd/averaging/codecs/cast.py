@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from moshpitd.averaging.errors import RemoteProtocolError
-from moshpitd.averaging.vector import DTYPES, Floats
-
-_LARGEST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}
+from moshpitd.averaging.vector import DTYPES, LARGEST, Floats
 
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """A codec that casts to `name` on the wire."""
+    """A coding that casts to `name` on the wire."""
 
     name: str
 
@@ -31,7 +29,7 @@ class Cast:
         wire = self._wire(values.dtype)
         if wire == values.dtype:
             return values.view(np.uint8).data
-        largest = _LARGEST[self.name]
+        largest = LARGEST[self.name]
         values = np.clip(values, -largest, largest)
         return values.astype(wire).view(np.uint8).data
 

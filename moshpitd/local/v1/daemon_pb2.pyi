@@ -3,11 +3,15 @@
 isort:skip_file
 The local API: how a trainer, in any language, talks to the moshpitd daemon of its machine.
 
+Trainers that open sessions of the same name, tensors and options at one daemon are averaged in memory first and are one
+peer to the swarm, with the sum of their weights; each gets the result. They wait for each other at most half of their
+time. Only calls with the same epoch, or none, go together.
+
 Served on a Unix socket. A trainer opens a session for its tensors and holds that call open for as long as it trains;
 at each step it calls Average on the session. Errors are gRPC statuses whose message names the cause and the way out:
   INVALID_ARGUMENT     the call is wrong (bad weight, NaN, an integer tensor, an empty layout)
   NOT_FOUND            no such session or round
-  FAILED_PRECONDITION  this swarm cannot take it (layouts differ, session name taken, epoch too far ahead or behind)
+  FAILED_PRECONDITION  this swarm cannot take it (layouts or options differ, epoch too far ahead or behind)
   DEADLINE_EXCEEDED    time ran out before enough peers were there; the message says how many were
   UNAVAILABLE          the daemon is leaving, or not part of its swarm yet
   RESOURCE_EXHAUSTED   a limit was met
@@ -101,7 +105,7 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_PARTIAL: _Outcome.ValueType  # 2
     """Less than complete, with at least one other peer."""
     OUTCOME_ALONE: _Outcome.ValueType  # 3
-    """Nobody else took part; the values are unchanged."""
+    """No other peer took part; the values are unchanged, or the mean of the daemon's own trainers (Receipt.local)."""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
     """How an averaging or a round ended. Failures are statuses, not outcomes."""
@@ -113,7 +117,7 @@ OUTCOME_COMPLETE: Outcome.ValueType  # 1
 OUTCOME_PARTIAL: Outcome.ValueType  # 2
 """Less than complete, with at least one other peer."""
 OUTCOME_ALONE: Outcome.ValueType  # 3
-"""Nobody else took part; the values are unchanged."""
+"""No other peer took part; the values are unchanged, or the mean of the daemon's own trainers (Receipt.local)."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 @_typing.final
@@ -167,10 +171,12 @@ class OpenSessionRequest(_message.Message):
     rounds: _builtins.int
     """Rounds an averaging; 0 means auto: as many as the grid has axes, which gives the exact mean."""
     codec: _builtins.str
-    """How values travel between peers: "float32" (default: lossless for every type), "float16", "bfloat16"."""
+    """How values travel between peers: "float32" (default: lossless for every type), "float16", "bfloat16", or block-wise
+    integers "flash<bits>[-<all-gather bits>][:<group>][+spikes]" with 2 to 8 bits and groups of 128 (default) or 32.
+    """
     min_peers: _builtins.int
-    """Begin an averaging only when this many live sessions of the same layout are there, this one included.
-    0 and 1 mean no such wait.
+    """Begin an averaging only when this many live sessions of the same layout are there, this one included: daemons, that
+    is, however many trainers share the session of each. 0 and 1 mean no such wait.
     """
     joining: Global___Joining.ValueType
     """What a newcomer's first averaging does."""
@@ -246,9 +252,9 @@ class SharedMemory(_message.Message):
     results are packed vectors, as OpenSessionRequest says.
 
     For an averaging the trainer writes its contribution, sends `start` with `shared_memory`, and leaves it as it is until
-    the receipt. When the daemon has ended the call well, the outcome is not alone and the word is not 0, the result is
-    where the word says, until the session's next averaging; when the word is 0 it came in chunks. A daemon may still read
-    the contribution of a call that ended without a receipt: the trainer streams the next one, and writes here again after
+    the receipt. When the daemon has ended the call well and the word is not 0, the result is where the word says, until the
+    session's next averaging; when the word is 0 it came in chunks, or there is none: see AverageResponse. A daemon may still
+    read the contribution of a call that ended without a receipt: the trainer streams the next one, and writes here again after
     a receipt.
     """
 
@@ -559,6 +565,7 @@ class Receipt(_message.Message):
     GRID_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    LOCAL_FIELD_NUMBER: _builtins.int
     outcome: Global___Outcome.ValueType
     """How it ended."""
     epoch: _builtins.int
@@ -591,6 +598,10 @@ class Receipt(_message.Message):
     def rounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Round]:
         """The rounds, in order."""
 
+    @_builtins.property
+    def local(self) -> Global___Local:
+        """Who stands behind this peer's contribution."""
+
     def __init__(
         self,
         *,
@@ -606,14 +617,43 @@ class Receipt(_message.Message):
         grid: _builtins.str = ...,
         rounds: _abc.Iterable[Global___Round] | None = ...,
         session: _builtins.str = ...,
+        local: Global___Local | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "seconds", b"seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "local", b"local", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "local", b"local", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class Local(_message.Message):
+    """The trainers of one daemon in an averaging: they are averaged in memory first, and are one peer to the swarm."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINERS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    trainers: _builtins.int
+    """How many."""
+    weight: _builtins.float
+    """The weight of the trainer whose receipt this is; in ListRounds, which has one receipt an averaging, their sum. 0 for who
+    only received.
+    """
+    def __init__(
+        self,
+        *,
+        trainers: _builtins.int = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["trainers", b"trainers", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Local: _TypeAlias = Local  # noqa: Y015
 
 @_typing.final
 class Seconds(_message.Message):
@@ -693,6 +733,7 @@ class Round(_message.Message):
     WEIGHT_AFTER_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Its number within the averaging, from 0."""
     axis: _builtins.int
@@ -710,7 +751,7 @@ class Round(_message.Message):
     codec: _builtins.str
     """How values travelled."""
     transport: _builtins.str
-    """By which way: "grpc"."""
+    """By which ways: "grpc", "tcp", or both joined by a plus."""
     why: _builtins.str
     """Why the round was not complete, in words."""
     weight_after: _builtins.float
@@ -735,6 +776,10 @@ class Round(_message.Message):
     def bytes(self) -> Global___Traffic:
         """What travelled."""
 
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
+        """Over what chunks travelled between each other member and this peer."""
+
     def __init__(
         self,
         *,
@@ -754,14 +799,41 @@ class Round(_message.Message):
         weight_after: _builtins.float = ...,
         seconds: Global___Seconds | None = ...,
         bytes: Global___Traffic | None = ...,
+        links: _abc.Iterable[Global___Link] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "bytes", b"bytes", "codec", b"codec", "digest", b"digest", "dropped", b"dropped", "group_id", b"group_id", "leader", b"leader", "members", b"members", "outcome", b"outcome", "rank", b"rank", "round", b"round", "seconds", b"seconds", "spans", b"spans", "transport", b"transport", "weight_after", b"weight_after", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "bytes", b"bytes", "codec", b"codec", "digest", b"digest", "dropped", b"dropped", "group_id", b"group_id", "leader", b"leader", "links", b"links", "members", b"members", "outcome", b"outcome", "rank", b"rank", "round", b"round", "seconds", b"seconds", "spans", b"spans", "transport", b"transport", "weight_after", b"weight_after", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Round: _TypeAlias = Round  # noqa: Y015
+
+@_typing.final
+class Link(_message.Message):
+    """The way of chunks between another member and this peer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """The other's id."""
+    transport: _builtins.str
+    """"grpc" or "tcp"."""
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        transport: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Link: _TypeAlias = Link  # noqa: Y015
 
 @_typing.final
 class Member(_message.Message):
@@ -772,26 +844,22 @@ class Member(_message.Message):
     PEER_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     COORDINATE_FIELD_NUMBER: _builtins.int
-    TRANSPORT_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     """Its id."""
     weight: _builtins.float
     """The weight it carried into the round."""
     coordinate: _builtins.int
     """Its coordinate on the round's axis."""
-    transport: _builtins.str
-    """Over what chunks travelled between it and this peer: grpc or tcp; empty for this peer itself."""
     def __init__(
         self,
         *,
         peer: _builtins.str = ...,
         weight: _builtins.float = ...,
         coordinate: _builtins.int = ...,
-        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinate", b"coordinate", "peer", b"peer", "transport", b"transport", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinate", b"coordinate", "peer", b"peer", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -895,6 +963,8 @@ class GetStatusResponse(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     DIALABLE_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_FIELD_NUMBER: _builtins.int
+    BULK_PORT_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """True once it is part of its swarm and takes rounds."""
     peer_id: _builtins.str
@@ -919,9 +989,15 @@ class GetStatusResponse(_message.Message):
     """True while it refuses new rounds and finishes the running ones."""
     dialable: _builtins.bool
     """True when other peers can dial it; unset while unknown."""
+    bulk_port: _builtins.int
+    """TCP port of its plain path for chunks, beside the address it listens at; 0 where it offers none."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionStatus]:
         """Its sessions."""
+
+    @_builtins.property
+    def bandwidth(self) -> Global___Bandwidth:
+        """What its line carried."""
 
     def __init__(
         self,
@@ -939,16 +1015,44 @@ class GetStatusResponse(_message.Message):
         uptime_seconds: _builtins.float = ...,
         draining: _builtins.bool = ...,
         dialable: _builtins.bool | None = ...,
+        bandwidth: Global___Bandwidth | None = ...,
+        bulk_port: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "dialable", b"dialable"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "bandwidth", b"bandwidth", "dialable", b"dialable"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "announce", b"announce", "dialable", b"dialable", "draining", b"draining", "listen", b"listen", "peer_id", b"peer_id", "peers", b"peers", "pid", b"pid", "ready", b"ready", "sessions", b"sessions", "swarm", b"swarm", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "announce", b"announce", "bandwidth", b"bandwidth", "bulk_port", b"bulk_port", "dialable", b"dialable", "draining", b"draining", "listen", b"listen", "peer_id", b"peer_id", "peers", b"peers", "pid", b"pid", "ready", b"ready", "sessions", b"sessions", "swarm", b"swarm", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dialable: _TypeAlias = _typing.Literal["dialable"]  # noqa: Y015
     _WhichOneofArgType__dialable: _TypeAlias = _typing.Literal["_dialable", b"_dialable"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dialable) -> _WhichOneofReturnType__dialable | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class Bandwidth(_message.Message):
+    """A daemon's line to the others, as its rounds showed it. Reducers' spans follow from it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UP_BYTES_S_FIELD_NUMBER: _builtins.int
+    DOWN_BYTES_S_FIELD_NUMBER: _builtins.int
+    up_bytes_s: _builtins.float
+    """What it carries out, bytes a second; 0 while no round showed it."""
+    down_bytes_s: _builtins.float
+    """What it carries in; 0 also while it was never the obstacle."""
+    def __init__(
+        self,
+        *,
+        up_bytes_s: _builtins.float = ...,
+        down_bytes_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["down_bytes_s", b"down_bytes_s", "up_bytes_s", b"up_bytes_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Bandwidth: _TypeAlias = Bandwidth  # noqa: Y015
 
 @_typing.final
 class SessionStatus(_message.Message):
@@ -976,7 +1080,6 @@ class SessionStatus(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     WAITING_FOR_FIELD_NUMBER: _builtins.int
@@ -987,10 +1090,7 @@ class SessionStatus(_message.Message):
     VECTOR_BYTES_FIELD_NUMBER: _builtins.int
     AVERAGINGS_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
-    TRANSPORT_FIELD_NUMBER: _builtins.int
-    TRANSPORT_WHY_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
-    """Its id."""
+    TRAINERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     state: _builtins.str
@@ -1007,10 +1107,6 @@ class SessionStatus(_message.Message):
     """Bytes of its vector."""
     codec: _builtins.str
     """Its codec."""
-    transport: _builtins.str
-    """How values travel between trainer and daemon: "shared-memory" or "stream"."""
-    transport_why: _builtins.str
-    """Why it is "stream"; empty otherwise."""
     @_builtins.property
     def cell(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its cell, one coordinate an axis."""
@@ -1019,10 +1115,13 @@ class SessionStatus(_message.Message):
     def averagings(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Averagings that ended, by outcome: complete, partial, alone, failed."""
 
+    @_builtins.property
+    def trainers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainerStatus]:
+        """Its trainers at this daemon, in the order in which they came."""
+
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
         name: _builtins.str = ...,
         state: _builtins.str = ...,
         waiting_for: _builtins.str = ...,
@@ -1033,16 +1132,49 @@ class SessionStatus(_message.Message):
         vector_bytes: _builtins.int = ...,
         averagings: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         codec: _builtins.str = ...,
+        trainers: _abc.Iterable[Global___TrainerStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "cell", b"cell", "codec", b"codec", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionStatus: _TypeAlias = SessionStatus  # noqa: Y015
+
+@_typing.final
+class TrainerStatus(_message.Message):
+    """One of the trainers that share a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    TRANSPORT_WHY_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The id of its session, from OpenSessionResponse."""
+    state: _builtins.str
+    """What it does: "computing", "waiting" for other trainers of the daemon, "averaging"."""
+    transport: _builtins.str
+    """How values travel between trainer and daemon: "shared-memory" or "stream"."""
+    transport_why: _builtins.str
+    """Why it is "stream"; empty otherwise."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        state: _builtins.str = ...,
         transport: _builtins.str = ...,
         transport_why: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "cell", b"cell", "codec", b"codec", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "session_id", b"session_id", "state", b"state", "transport", b"transport", "transport_why", b"transport_why", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "state", b"state", "transport", b"transport", "transport_why", b"transport_why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SessionStatus: _TypeAlias = SessionStatus  # noqa: Y015
+Global___TrainerStatus: _TypeAlias = TrainerStatus  # noqa: Y015
 
 @_typing.final
 class ListPeersRequest(_message.Message):

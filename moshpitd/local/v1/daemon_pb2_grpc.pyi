@@ -3,11 +3,15 @@
 isort:skip_file
 The local API: how a trainer, in any language, talks to the moshpitd daemon of its machine.
 
+Trainers that open sessions of the same name, tensors and options at one daemon are averaged in memory first and are one
+peer to the swarm, with the sum of their weights; each gets the result. They wait for each other at most half of their
+time. Only calls with the same epoch, or none, go together.
+
 Served on a Unix socket. A trainer opens a session for its tensors and holds that call open for as long as it trains;
 at each step it calls Average on the session. Errors are gRPC statuses whose message names the cause and the way out:
   INVALID_ARGUMENT     the call is wrong (bad weight, NaN, an integer tensor, an empty layout)
   NOT_FOUND            no such session or round
-  FAILED_PRECONDITION  this swarm cannot take it (layouts differ, session name taken, epoch too far ahead or behind)
+  FAILED_PRECONDITION  this swarm cannot take it (layouts or options differ, epoch too far ahead or behind)
   DEADLINE_EXCEEDED    time ran out before enough peers were there; the message says how many were
   UNAVAILABLE          the daemon is leaving, or not part of its swarm yet
   RESOURCE_EXHAUSTED   a limit was met

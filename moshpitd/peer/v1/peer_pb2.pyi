@@ -985,22 +985,32 @@ class Ready(_message.Message):
     GROUP_ID_FIELD_NUMBER: _builtins.int
     VIEW_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    HEARD_BYTES_FIELD_NUMBER: _builtins.int
+    HEARD_S_FIELD_NUMBER: _builtins.int
     group_id: _builtins.bytes
     """Of the group."""
     view: _builtins.int
     """The view it holds for."""
     digest: _builtins.bytes
     """Over (chunk index, checksum of the decoded average) of all chunks and the codec."""
+    heard_bytes: _builtins.int
+    """Bytes that had come from the receiver of this message when the last contribution it owed was here, so that it learns
+    what its uplink carries; 0 when it owed none.
+    """
+    heard_s: _builtins.float
+    """Seconds from the round's begin here until then."""
     def __init__(
         self,
         *,
         group_id: _builtins.bytes = ...,
         view: _builtins.int = ...,
         digest: _builtins.bytes = ...,
+        heard_bytes: _builtins.int = ...,
+        heard_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "group_id", b"group_id", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "group_id", b"group_id", "heard_bytes", b"heard_bytes", "heard_s", b"heard_s", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

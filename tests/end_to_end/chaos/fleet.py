@@ -100,13 +100,16 @@ class Fleet(Swarm):
             (directory / f"{number:02}-{peer.home.name}.log").write_text(peer.log + "\n")
 
     def _begin(self, index: int, join: list[str]) -> Peer:
-        flags = ("--announce", self.announced[index], "--config", str(self._config), *self._flags)
+        transport = "grpc" if index % 3 == 2 else "auto"  # both ways are in every storm
+        bulk = ("--transport", transport, "--bulk-announce", str(self.network.bulk_port(name_of(index))))
+        flags = ("--announce", self.announced[index], *bulk, "--config", str(self._config), *self._flags)
         peer = Peer(self._home / str(index), *flags, swarm=self._name, join=join)
         self.network.expect(name_of(index), peer.process.pid)
         return peer
 
     def _move_in(self, index: int) -> None:
-        self.network.move_in(name_of(index), self.peers[index].address)
+        address = self.peers[index].address
+        self.network.move_in(name_of(index), address, self.status(index).bulk_port)
         self.peers[index].is_ready()
 
 

@@ -1,8 +1,9 @@
 """A network in this process: whatever one daemon says to another passes a proxy, which may spoil it.
 
-Every daemon has a place: one port number, on TCP and on UDP, that it announces and all others dial; what arrives there
-is carried to where the daemon really listens. Who dialled is found by asking the kernel whose socket it is, so the
-weather is a matter of two daemons and a direction, whoever of them opened the connection.
+Every daemon has a place: one port number, on TCP and on UDP, that it announces and all others dial, and another for its
+plain TCP path; what arrives there is carried to where the daemon really listens. Who dialled is found by asking the
+kernel whose socket it is, so the weather is a matter of two daemons and a direction, whoever of them opened the
+connection.
 
 TCP loses nothing while the connection stands: what is blocked is held, as retransmission would hold it, and goes on
 when the block is lifted. Datagrams are lost for good. Knows sockets, processes and time; does not know what the bytes
@@ -111,14 +112,18 @@ class Network:
 
         return self._do(make)
 
+    def bulk_port(self, name: str) -> int:
+        """What it is to announce for its plain TCP path."""
+        return self._places[name].bulk_port
+
     def expect(self, name: str, pid: int) -> None:
         """A daemon's process was started: what it dials is its own from now on."""
         self._do(lambda: self._places[name].expect(pid))
 
-    def move_in(self, name: str, listens: str) -> None:
-        """It listens at HOST:PORT."""
+    def move_in(self, name: str, listens: str, bulk_port: int = 0) -> None:
+        """It listens at HOST:PORT and, unless it offers no plain TCP path, at another port."""
         host, _, port = listens.rpartition(":")
-        self._do(lambda: self._places[name].move_in((host, int(port))))
+        self._do(lambda: self._places[name].move_in((host, int(port)), (host, bulk_port) if bulk_port else None))
 
     def move_out(self, name: str) -> None:
         """It is gone: connections to it and from it end, as the kernel would end them."""
@@ -225,30 +230,39 @@ class _Place:
         self.name = name
         self.pid: int | None = None
         self.listens: Address | None = None
+        self._bulk_listens: Address | None = None
         self.links: set[_Link] = set()
         self._network = network
         self._loop = asyncio.get_running_loop()
         self._flows: dict[Address, _Flow] = {}
         self._tcp, self._udp = _two_sockets()
         self.port: int = self._tcp.getsockname()[1]
-        self._accepting = self._loop.create_task(self._accept())
+        self._bulk = socket.create_server((HOST, 0))
+        self._bulk.setblocking(False)
+        self.bulk_port: int = self._bulk.getsockname()[1]
+        self._accepting = [
+            self._loop.create_task(self._accept(self._tcp, lambda: self.listens)),
+            self._loop.create_task(self._accept(self._bulk, lambda: self._bulk_listens)),
+        ]
         self._loop.add_reader(self._udp.fileno(), self._drain)
 
     def expect(self, pid: int) -> None:
         self.pid = pid
 
-    def move_in(self, listens: Address) -> None:
+    def move_in(self, listens: Address, bulk_listens: Address | None) -> None:
         self._forget_flows()
-        self.listens = listens
+        self.listens, self._bulk_listens = listens, bulk_listens
 
     def move_out(self) -> None:
         """Its sockets ended with its process; nothing is left to be delivered to it."""
-        self.pid = self.listens = None
+        self.pid = self.listens = self._bulk_listens = None
         self._forget_flows()
 
     def close(self) -> None:
-        self._accepting.cancel()
+        for task in self._accepting:
+            task.cancel()
         self._tcp.close()
+        self._bulk.close()
         self._loop.remove_reader(self._udp.fileno())
         self._udp.close()
         self._forget_flows()
@@ -269,14 +283,15 @@ class _Place:
         else:
             send(datagram)
 
-    async def _accept(self) -> None:
+    async def _accept(self, listening: socket.socket, target: Callable[[], Address | None]) -> None:
         while True:
-            accepted, theirs = await self._loop.sock_accept(self._tcp)
-            dialler = self._network.owner_of(theirs, (HOST, self.port))
-            if dialler is None or self.listens is None:
+            accepted, theirs = await self._loop.sock_accept(listening)
+            dialler = self._network.owner_of(theirs, listening.getsockname())
+            listens = target()
+            if dialler is None or listens is None:
                 _close(accepted, reset=True)  # nobody at home, or a dialler that has died already
                 continue
-            self.links.add(_Link(accepted, self.listens, dialler, self, self._network))
+            self.links.add(_Link(accepted, listens, dialler, self, self._network))
 
     def _drain(self) -> None:
         for _ in range(DRAIN_MAX):

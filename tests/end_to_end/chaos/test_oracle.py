@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moshpit_client.receipt import Dropped, Member, Receipt, Round, Seconds, Span, Traffic
+from moshpit_client.receipt import Dropped, Local, Member, Receipt, Round, Seconds, Span, Traffic
 from tests.end_to_end.chaos.oracle import DEADLINE_SLACK_S, Call, Floats, Objection, Oracle
 
 ELEMENTS = 101
@@ -50,6 +50,7 @@ def round_of(
         codec="float32",
         transport="grpc",
         members=tuple(Member(peer, weights[peer], place) for place, peer in enumerate(peers)),
+        links=(),
         spans=(Span(peers[0], 0, half, peers), Span(peers[1], half, ELEMENTS, present)),
         dropped=tuple(Dropped(peer, "died") for peer in peers if peer not in present),
         why="" if whole else "somebody died",
@@ -73,6 +74,7 @@ def call_of(peer: str, holds: Floats, rounds: tuple[Round, ...]) -> Call:
         why="; ".join(each.why for each in rounds if each.why),
         grid="4",
         session="default",
+        local=Local(1, WEIGHTS[peer]),
     )
     return Call(peer, 0.0, 1.0, 10.0, 0.0, WEIGHTS[peer], given(peer), holds, receipt, rounds_of_all=True)
 
