@@ -213,6 +213,11 @@ class AllReduce:
         return digest("group", self.group.group_id, *self._committed)[:16]
 
     @property
+    def survivors(self) -> tuple[Rank, ...]:
+        """Who committed with us, ourselves among them; nobody before that."""
+        return self._committed
+
+    @property
     def is_complete(self) -> bool:
         """Everybody contributed everything and confirmed."""
         return (

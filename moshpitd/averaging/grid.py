@@ -24,6 +24,8 @@ Cell = tuple[int, ...]
 """A peer's place on the grid: one coordinate an axis."""
 
 PROTOCOL_VERSION = 1
+IN_STEP = "synchronous"
+"""The way of averaging in which peers wait for each other."""
 PLAN_VERSION_MAX = 1 << 31
 WEIGHT_MAX = 1e30
 """Of a trainer. Sums of weights stay finite."""
@@ -48,10 +50,14 @@ class Terms:
     normalise: str = "weights"
     transport: str = "reliable"
     protocol: int = PROTOCOL_VERSION
+    averaging: str = IN_STEP
+    """Whether peers wait for each other, and if not, how they do without."""
 
     @property
     def digest(self) -> bytes:
-        return digest("terms", self.layout, *(str(getattr(self, f.name)) for f in fields(self)[1:]))
+        # What came later is left out while it says nothing: who does not know of it still meets the others.
+        told = [getattr(self, f.name) for f in fields(self)[1:] if f.name != "averaging" or self.averaging != IN_STEP]
+        return digest("terms", self.layout, *map(str, told))
 
     def first_difference(self, other: Terms) -> str | None:
         """In words, the first term in which the other differs; the layout comes first."""

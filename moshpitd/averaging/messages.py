@@ -362,10 +362,47 @@ class Farewell:
     """This session closes, or the daemon leaves: do not expect it any more."""
 
 
+# ---- cohorts
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """This version runs now: put in the last model you have. Each daemon passes it on once."""
+
+    cohort: GroupId
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contributing:
+    """To the members of a version's group: the model we put in was posted as version `posted`. Activates it too."""
+
+    cohort: GroupId
+    version: int
+    posted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcast:
+    """This member is out of the cohort for good. Each daemon passes it on once."""
+
+    cohort: GroupId
+    peer: PeerId
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """In answer to a message of a cohort: we are not in it, or not any more."""
+
+    cohort: GroupId
+
+
 MatchmakingMessage = Hail | Coming | Join | Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound
 ReductionMessage = Ready | Suspect | View | Holdings | Heartbeat
 SessionMessage = PlanWanted | PlanNotice | TermsWanted | TermsNotice | Farewell
-Message = MatchmakingMessage | ReductionMessage | SessionMessage
+CohortMessage = Activation | Contributing | Outcast | Stranger
+Message = MatchmakingMessage | ReductionMessage | SessionMessage | CohortMessage
 
 
 # ---- bulk data

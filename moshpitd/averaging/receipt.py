@@ -89,6 +89,34 @@ class RoundReceipt:
 
 
 @dataclass(frozen=True, slots=True)
+class ContributorLine:
+    """Whose model is in a version's sum, and as which version it was posted; -1: it did not say."""
+
+    peer: PeerId
+    posted: int
+
+
+@dataclass(frozen=True, slots=True)
+class VersionReceipt:
+    """What became of one call of a wait-avoiding session."""
+
+    version: int
+    """Whose sum the result is made of."""
+    kind: str
+    """barrier: the mean over the whole cohort; fresh: sum / S, this call's model in it; merge: (sum + this call's
+    model) / (S + 1); alone: this call's model as it was."""
+    fresh: bool
+    """This call's model is in the sum."""
+    staleness: int
+    """So many versions behind was the model that the daemon put in for this trainer; 0 when it put in none."""
+    skipped: int
+    """Versions since the last call that this trainer takes no part in any more."""
+    contributors: tuple[ContributorLine, ...]
+    cohort: bytes
+    """Its id; empty when there is none."""
+
+
+@dataclass(frozen=True, slots=True)
 class LocalLine:
     """Who stands behind this peer's contribution."""
 
@@ -123,3 +151,5 @@ class Receipt:
     """The plan's sides, "2x4"."""
     rounds: tuple[RoundReceipt, ...]
     local: LocalLine
+    version: VersionReceipt | None = None
+    """Of a wait-avoiding session only."""

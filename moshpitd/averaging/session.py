@@ -27,6 +27,7 @@ from typing import assert_never
 from moshpitd.averaging.all_reduce import AllReduce, AllReduceConfig, Outgoing
 from moshpitd.averaging.all_reduce import State as ReductionState
 from moshpitd.averaging.codecs import codec_named
+from moshpitd.averaging.cohort import CohortConfig, CohortStatus, WaitAvoidance
 from moshpitd.averaging.effects import Announce, Effect, Failed, Finished, Log, LookUp, Progress, Send, Withdraw
 from moshpitd.averaging.errors import (
     InvalidInput,
@@ -36,7 +37,7 @@ from moshpitd.averaging.errors import (
     SessionError,
     Unavailable,
 )
-from moshpitd.averaging.grid import WEIGHT_MAX, Cell, Plan, Terms, carried_weight, grid_key, session_key
+from moshpitd.averaging.grid import IN_STEP, WEIGHT_MAX, Cell, Plan, Terms, carried_weight, grid_key, session_key
 from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.matchmaking import (
     HAILED,
@@ -50,6 +51,7 @@ from moshpitd.averaging.matchmaking import (
 from moshpitd.averaging.matchmaking import State as MatchmakingState
 from moshpitd.averaging.membership import BEHIND_MAX, HOLES_TOLD_MAX, Credentials, Membership
 from moshpitd.averaging.messages import (
+    Activation,
     Address,
     Begin,
     Begun,
@@ -57,7 +59,9 @@ from moshpitd.averaging.messages import (
     Chunk,
     Closed,
     Coming,
+    Contributing,
     Farewell,
+    Group,
     Hail,
     Heartbeat,
     Holdings,
@@ -67,6 +71,7 @@ from moshpitd.averaging.messages import (
     Leave,
     Member,
     Message,
+    Outcast,
     PlanNotice,
     PlanWanted,
     Presence,
@@ -75,6 +80,7 @@ from moshpitd.averaging.messages import (
     Redirect,
     ReductionMessage,
     Sighting,
+    Stranger,
     Suspect,
     TermsNotice,
     TermsWanted,
@@ -117,6 +123,8 @@ class SessionOptions:
     """receive: a newcomer's first averaging has weight 0; contribute: its values count at once."""
     lonely_wait_s: float = LONELY_WAIT_DEFAULT_S
     """How long an averaging looks for somebody while nobody else is known; then it ends alone."""
+    wait_avoidance: WaitAvoidance | None = None
+    """How versions run without waiting for anybody; None: averagings are synchronous."""
 
     def check(self) -> None:
         """Raises InvalidInput that names what is wrong."""
@@ -131,6 +139,8 @@ class SessionOptions:
             raise InvalidInput(f"joining {self.joining!r}: must be receive or contribute")
         if not 0 <= self.lonely_wait_s < math.inf:
             raise InvalidInput(f"lonely wait {self.lonely_wait_s}: must be a duration in seconds")
+        if self.wait_avoidance:
+            self.wait_avoidance.check(min_peers=self.min_peers, rounds=self.rounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +188,7 @@ class SessionConfig:
     """An epoch further above the swarm's is taken for a mistake."""
     matchmaking: MatchmakingConfig = field(default_factory=MatchmakingConfig)
     all_reduce: AllReduceConfig = field(default_factory=AllReduceConfig)
+    cohort: CohortConfig = field(default_factory=CohortConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +219,8 @@ class SessionStatus:
     live_sessions: int
     averagings: dict[str, int] = field(default_factory=dict)
     """Ended averagings by outcome: complete, partial, alone, failed."""
+    cohort: CohortStatus | None = None
+    """Of a wait-avoiding session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +299,8 @@ class Session:
         options.check()
         self._codec = codec_named(options.codec)
         self.options = options = replace(options, codec=self._codec.name)  # terms are compared as text
-        self.terms = Terms(options.layout.digest, options.rounds, options.codec)
+        averaging = options.wait_avoidance.term if options.wait_avoidance else IN_STEP
+        self.terms = Terms(options.layout.digest, options.rounds, options.codec, averaging=averaging)
         self.key = session_key(here.swarm, options.name)
         self.state = State.IDLE
         self.outcomes: dict[str, int] = {}
@@ -324,6 +338,8 @@ class Session:
         """We came too late, by little: nobody may expect us next time, if we do not say so."""
         self._looked_at = -math.inf
         """When the directory last told a call who is there."""
+        self._promised_until = -math.inf
+        """Our trainer is on its way, though it has not called."""
         self._look_again_at: float | None = None
         self._looked_again_at = -math.inf
         self._met_at_k = 0
@@ -357,6 +373,13 @@ class Session:
         if self._last_k < 0:
             self._announce_lease(now)
         self._begin_if_possible(now)
+
+    def promise(self, until: float, now: float) -> None:
+        """Our trainer will call, if nothing happens to it: until then others wait for it as long as they can."""
+        self._promised_until = until
+        for matchmaking in self._matchmakings.values():
+            self._refresh(matchmaking, now)
+        self._step(now)
 
     def abandon(self, now: float) -> None:
         """The trainer is gone. A closed group is served to its end, for the others; anything before is left."""
@@ -425,6 +448,8 @@ class Session:
             case Farewell():
                 self._members.left(sender)
                 self._peer_out(sender, "left the swarm", now)
+            case Activation() | Contributing() | Outcast() | Stranger():
+                return  # of a cohort, which only a wait-avoiding session has
             case _:
                 assert_never(message)
         self._step(now)
@@ -525,6 +550,14 @@ class Session:
         return self._current.values if self._current else None
 
     _result: Vector | None = None
+
+    def holds(self, vector: Vector) -> bool:
+        """Whether the trainer must not write here: into a contribution not before its call has ended."""
+        return not self.is_free(vector) or self.contribution is vector
+
+    def survivors_of(self, group: Group) -> tuple[Member, ...]:
+        """Who committed with us in a group that has just ended."""
+        return tuple(group.members[rank] for rank in self._reductions[group.group_id].survivors)
 
     def status(self, now: float) -> SessionStatus:
         plan = self._plan_in_force()
@@ -881,6 +914,7 @@ class Session:
         # About to seek counts: a group must not be closed without us in the moment before.
         here = round_.j if self.state is State.MATCHING else round_.j - 1
         coming = current is not None and current.k == round_.k and current.j <= here
+        coming = coming or (now < self._promised_until and current is None and not self._is_past(round_.k, round_.j))
         matchmaking.update(candidates, expected, self._grace_s, now, coming=coming, others=line)
 
     def _is_past(self, k: int, j: int) -> bool:
@@ -1032,7 +1066,9 @@ class Session:
                 self._members.address_of(sender),
                 Leave(hail.key, HAILED, *self._can_be_met()),
             )
-        elif self._current and self._current.k == hail.k and self._current.j < hail.j:
+        elif (self._current and self._current.k == hail.k and self._current.j < hail.j) or (
+            self._current is None and now < self._promised_until and not self._is_past(hail.k, hail.j)
+        ):
             self._tell(sender, self._members.address_of(sender), Coming(hail.key, hail.k, hail.j))
         elif matchmaking is not None:
             matchmaking.receive(hail, sender, now)

@@ -19,6 +19,7 @@ from pathlib import Path
 from moshpitd.cli.failure import ExitCode, Failure
 from moshpitd.cli.progress import Progress, progress
 from moshpitd.cli.simulation_flags import Options
+from moshpitd.simulation.stragglers import StepsReport, Stragglers, StragglersOptions
 from moshpitd.simulation.workloads import AGREED, InStep, InStepOptions, Mixed, Report
 
 PROCESSES = 2
@@ -96,7 +97,10 @@ def show(report: Report, options: Options, replay: str, *, as_json: bool) -> Non
     else:
         from moshpitd.cli import simulation_tables
 
-        simulation_tables.report(report, _rounds(options))
+        if isinstance(report, StepsReport):
+            simulation_tables.steps(report)
+        else:
+            simulation_tables.report(report, _rounds(options))
     if report.complaints:
         raise Failure(
             ExitCode.FAILED,
@@ -150,14 +154,20 @@ def run_quietly(options: Options) -> Report:
     return _workload(options).run()
 
 
-def _workload(options: Options) -> InStep | Mixed:
-    return InStep(options) if isinstance(options, InStepOptions) else Mixed(options)
+def _workload(options: Options) -> InStep | Mixed | Stragglers:
+    match options:
+        case InStepOptions():
+            return InStep(options)
+        case StragglersOptions():
+            return Stragglers(options)
+        case _:
+            return Mixed(options)
 
 
 class _Watch:
     """Says now and then how far a run is."""
 
-    def __init__(self, workload: InStep | Mixed, line: Progress) -> None:
+    def __init__(self, workload: InStep | Mixed | Stragglers, line: Progress) -> None:
         self._swarm = workload.swarm
         self._in_step = isinstance(workload, InStep)
         self._line = line

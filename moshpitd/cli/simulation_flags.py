@@ -16,15 +16,31 @@ from typing import TypedDict, TypeVar
 
 import click
 
+from moshpitd.averaging.cohort import COHORT_MAX
 from moshpitd.averaging.grid import parse_sides
 from moshpitd.simulation.network import Link, Span, Weather
+from moshpitd.simulation.stragglers import Straggler, StragglersOptions
 from moshpitd.simulation.workloads import Absence, Crowd, InStepOptions, LinkClass, MixedOptions, Parting
 
-Options = InStepOptions | MixedOptions
+Options = InStepOptions | MixedOptions | StragglersOptions
 
 PEERS_DEFAULT = 16
+STRAGGLERS_PEERS_DEFAULT = 8
 OF_MIXED = {"workload", "peers", "seed", "seeds", "trace", "as_json"}
 """The flags that say something to the mixed workload; the rest it draws from the seed."""
+OF_STRAGGLERS = {
+    "averaging",
+    "straggler",
+    "step",
+    "jitter",
+    "steps",
+    "group_size",
+    "barrier_every",
+    "lockstep",
+}
+"""Those that only trainers with a pace of their own understand ..."""
+OF_ALL = {"peers", "seed", "seeds", "vector_bytes", "delay", "crash", "timeout", "trace", "as_json"}
+"""... and those that they share with swarms in step."""
 CHUNK_ELEMENTS = 4096
 """Spans begin at multiples of this, so a vector on paper needs as many for each reducer."""
 
@@ -35,6 +51,14 @@ class SimulationFlags(TypedDict):
     """What was typed after `moshpitd simulate`, as click hands it over."""
 
     workload: str
+    averaging: str | None
+    straggler: tuple[str, ...]
+    step: str
+    jitter: float
+    steps: int
+    group_size: int
+    barrier_every: int
+    lockstep: bool
     peers: int | None
     grid: str
     group_size_max: int
@@ -69,16 +93,58 @@ def read(flags: SimulationFlags, typed: Collection[str]) -> Options:
     """`typed`: the flags that were given. Raises click.UsageError that names the flag and the way out."""
     if flags["seeds"] > 1 and (flags["plot"] or flags["trace"]):
         raise click.UsageError("--plot and --trace show one run: leave out --seeds")
+    if flags["averaging"] is not None:
+        return _stragglers(flags["averaging"], flags, typed)
+    if strange := sorted(OF_STRAGGLERS & set(typed)):
+        raise click.UsageError(f"{_spelt(strange)}: say with --averaging who waits for whom")
     if flags["workload"] == "mixed":
         return _mixed(flags, typed)
     return _in_step(flags)
 
 
+def _stragglers(averaging: str, flags: SimulationFlags, typed: Collection[str]) -> StragglersOptions:
+    strange = sorted(set(typed) - OF_STRAGGLERS - OF_ALL)
+    if strange:
+        raise click.UsageError(f"{_spelt(strange)}: means nothing to trainers with a pace of their own (--averaging)")
+    peers = flags["peers"] or STRAGGLERS_PEERS_DEFAULT
+    if averaging != "global" and flags["group_size"] > peers:
+        raise click.BadParameter(f"{flags['group_size']} is more than --peers {peers}", param_hint="'--group-size'")
+    if averaging == "wait-avoiding" and peers > COHORT_MAX:
+        raise click.BadParameter(f"a barrier takes {COHORT_MAX} peers at most", param_hint="'--peers'")
+    options = StragglersOptions(
+        averaging=averaging,
+        peers=peers,
+        group_size=flags["group_size"],
+        barrier_every=flags["barrier_every"],
+        lockstep=flags["lockstep"],
+        steps=flags["steps"],
+        step_s=_read("--step", flags["step"], seconds),
+        jitter=flags["jitter"],
+        stragglers=_each("--straggler", flags["straggler"], _straggler),
+        crash=flags["crash"],
+        seed=flags["seed"],
+        weather=_weather(flags),
+        timeout_s=flags["timeout"],
+    )
+    for straggler in options.stragglers:
+        if straggler.count > peers:
+            raise click.BadParameter(f"{straggler.count} are more than --peers {peers}", param_hint="'--straggler'")
+    if flags["vector_bytes"] is None:
+        return options
+    size = _read("--vector-bytes", flags["vector_bytes"], amount)
+    chunks = peers if averaging == "global" else flags["group_size"]
+    return replace(options, vector_bytes=size, elements=max(1, min(math.ceil(size / 4), CHUNK_ELEMENTS * chunks)))
+
+
+def _spelt(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
 def _mixed(flags: SimulationFlags, typed: Collection[str]) -> MixedOptions:
-    strange = sorted(f"--{name.replace('_', '-')}" for name in typed if name not in OF_MIXED)
+    strange = _spelt(sorted(name for name in typed if name not in OF_MIXED))
     if strange:
         raise click.UsageError(
-            f"{', '.join(strange)}: the mixed workload draws its faults, links and sizes from --seed; "
+            f"{strange}: the mixed workload draws its faults, links and sizes from --seed; "
             "--workload in-step takes them from you"
         )
     peers = flags["peers"]
@@ -228,6 +294,11 @@ def _link(text: str) -> LinkClass:
             raise ValueError(f"says {term!r}, and {value!r} {error}") from error
     link = Link(name, given.get("delay", 0.0), given.get("up", 0.0), given.get("down", 0.0), given.get("loss", 0.0))
     return LinkClass(link, _count(count, "COUNT", least=1))
+
+
+def _straggler(text: str) -> Straggler:
+    count, late, _ = _parts(text, 2, 2, "COUNT:LATE, as in 2:320ms")
+    return Straggler(_count(count, "COUNT", least=1), seconds(late))
 
 
 def _burst(text: str) -> Absence:

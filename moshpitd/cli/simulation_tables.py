@@ -13,6 +13,7 @@ from rich.table import Table
 
 from moshpitd.cli.simulate import Seeds
 from moshpitd.cli.tables import amount
+from moshpitd.simulation.stragglers import StepsReport
 from moshpitd.simulation.workloads import Report
 
 COMPLAINTS_SHOWN = 20
@@ -34,6 +35,35 @@ def report(run: Report, rounds: int | None) -> None:
     facts.add_row("outcomes", _counts(run.outcomes))
     _more(facts, run.faults, run.dropped, run.windows, run.looked)
     console.print(facts)
+    _verdict(console, run)
+
+
+def steps(run: StepsReport) -> None:
+    """What trainers with a pace of their own made of it."""
+    console = Console(highlight=False)
+    groups = f", groups of {run.group_size}" if run.averaging != "global" else ""
+    console.print(f"[bold]{run.peers} peers, {run.averaging}{groups}, seed {run.seed}[/]")
+    facts = _facts()
+    facts.add_row("step", f"{run.step_ms:.0f} ms a version, {run.computed_ms:.0f} ms of it computed on average")
+    facts.add_row(
+        "own steps", f"{run.steps_made:.0f} a trainer in {run.versions} versions, {run.own_step_ms:.0f} ms each"
+    )
+    facts.add_row("a call takes", f"p50 {_time(run.call_ms_p50 / 1e3)}, p99 {_time(run.call_ms_p99 / 1e3)}")
+    facts.add_row("spread", f"{_small(run.spread_mean)} between barriers, a step's noise being 1")
+    if run.staleness:
+        ages = ", ".join(f"{count:,} of {age}" for age, count in run.staleness.items())
+        facts.add_row("age of models", f"{ages} versions, at most {run.staleness_max}")
+    facts.add_row("calls", _counts(run.kinds))
+    facts.add_row("outcomes", _counts(run.outcomes))
+    facts.add_row("per peer", f"{run.messages_per_peer:,.0f} messages, {amount(round(run.bytes_per_peer))} sent")
+    if run.windows:
+        facts.add_row("not promised", _counts(run.windows))
+    facts.add_row("checked", _counts(run.looked))
+    console.print(facts)
+    _verdict(console, run)
+
+
+def _verdict(console: Console, run: Report) -> None:
     for complaint in run.complaints[:COMPLAINTS_SHOWN]:
         console.print(f"[red]complaint[/] {escape(complaint)}", soft_wrap=True)
     if len(run.complaints) > COMPLAINTS_SHOWN:

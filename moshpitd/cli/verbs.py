@@ -123,6 +123,25 @@ def simulation_flags(verb: _Verb) -> _Verb:
                 show_default=True,
                 help="in-step: all average at once, the spread is measured; mixed: everything goes wrong that may.",
             ),
+            click.option(
+                "--averaging",
+                type=click.Choice(["wait-avoiding", "group", "global"]),
+                help="Trainers that compute, some of them late, and who waits for whom; step times are measured.",
+            ),
+            click.option(
+                "--straggler",
+                metavar="COUNT:LATE",
+                multiple=True,
+                help="In each step so many trainers, drawn anew, are late, as in 2:320ms; repeatable.",
+            ),
+            click.option("--step", metavar="100ms", default="100ms", show_default=True, help="Of a trainer, in time."),
+            click.option("--jitter", type=share, default=0.0, help="... give or take this share of it."),
+            click.option("--steps", type=click.IntRange(1, 100_000), default=100, show_default=True),
+            click.option(
+                "--group-size", type=click.IntRange(2, 64), default=2, show_default=True, help="Of a version."
+            ),
+            click.option("--barrier-every", metavar="TAU", type=click.IntRange(1, 1024), default=10, show_default=True),
+            click.option("--lockstep", is_flag=True, help="Late trainers make every step themselves."),
             click.option("--peers", type=click.IntRange(2, 8192), help="[16; mixed: drawn from 16 to 64]"),
             click.option("--grid", metavar="auto|8x8", default="auto", show_default=True, help="Pin the grid."),
             click.option("--group-size-max", type=click.IntRange(2, 1024), default=16, show_default=True),
@@ -433,7 +452,7 @@ def _replay(ctx: click.Context, seed: int) -> str:
         if given and name not in ("seed", "seeds", "plot", "trace", "as_json"):
             value = ctx.params[name]
             for each in value if isinstance(value, tuple) else (value,):
-                words += [param.opts[0], str(each)]
+                words += [param.opts[0]] if each is True else [param.opts[0], str(each)]
     return shlex.join([*words, "--seed", str(seed)])
 
 

@@ -34,6 +34,7 @@ from moshpitd.averaging.effects import (
 )
 from moshpitd.averaging.errors import RemoteProtocolError, SessionError
 from moshpitd.averaging.link import LinkRates
+from moshpitd.averaging.machine import Machine, machine_for
 from moshpitd.averaging.messages import (
     Address,
     Begin,
@@ -57,7 +58,7 @@ from moshpitd.averaging.messages import (
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, digest, short
 from moshpitd.averaging.receipt import Receipt
-from moshpitd.averaging.session import Call, Session, SessionConfig, SessionOptions, Whereabouts
+from moshpitd.averaging.session import Call, SessionConfig, SessionOptions, Whereabouts
 from moshpitd.averaging.vector import Vector
 from moshpitd.simulation.clock import Clock
 from moshpitd.simulation.directory import Directory
@@ -99,7 +100,7 @@ class Peer:
     name: str
     id: PeerId
     incarnation: Incarnation
-    machine: Session
+    machine: Machine
     dialable: bool
     alive: bool = True
     died_at: float = 0.0
@@ -218,9 +219,8 @@ class Swarm:
         incarnation = Incarnation(self.rng.getrandbits(64))
         here = Whereabouts(SWARM, peer_id, incarnation, Address(f"{name}:1"), dialable)
         rng = random.Random(self.rng.getrandbits(64))
-        machine = Session(
-            options, config or self.config, here, Seals(peer_id), rng, LinkRates(), last_k=last_k, now=self.now
-        )
+        config = config or self.config
+        machine = machine_for(options, config, here, Seals(peer_id), rng, LinkRates(), last_k=last_k, now=self.now)
         peer = Peer(name, peer_id, incarnation, machine, dialable)
         self.peers[peer_id] = peer
         if link:

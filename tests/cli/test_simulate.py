@@ -62,6 +62,38 @@ def test_the_same_seed_gives_the_same_bytes_whatever_python_hashes(
     assert traces[0] == traces[1] and b"-> p1: " in traces[0] and len(traces[0].splitlines()) > 500
 
 
+def test_stragglers_are_drawn_before_anybody_tries(moshpitd: Moshpitd) -> None:
+    flags = ["simulate", "--averaging", "wait-avoiding", "--lockstep", "--straggler", "2:320ms", "--steps", "30"]
+    done = moshpitd(*flags)
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "8 peers, wait-avoiding, groups of 2",
+        "ms a version",
+        "age of models",
+        "merge",
+        "no checker complains",
+    ):
+        assert part in done.stdout
+    told = json.loads(moshpitd(*flags, "--json").stdout)
+    assert 200 < told["step_ms"] < 300 and told["staleness_max"] <= 10 and told["complaints"] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--straggler 2:320ms", "say with --averaging who waits for whom"),
+        ("--averaging group --grid 4x4", "--grid: means nothing to trainers with a pace of their own"),
+        ("--averaging group --group-size 9", "9 is more than --peers 8"),
+        ("--averaging wait-avoiding --peers 65", "a barrier takes 64 peers at most"),
+        ("--averaging global --straggler 2x", "is not of the form COUNT:LATE"),
+        ("--averaging global --straggler 9:1s", "9 are more than --peers 8"),
+    ],
+)
+def test_what_stragglers_cannot_be_is_said(flags: str, why: str) -> None:
+    done = CliRunner().invoke(main, ["simulate", *flags.split()])
+    assert done.exit_code == 2 and why in done.stderr
+
+
 def test_many_seeds_run_in_processes_and_are_summed_up(moshpitd: Moshpitd) -> None:
     flags = ["simulate", "--peers", "8", "--grid", "2x4", "--seed", "10", "--seeds", "4"]
     done = moshpitd(*flags)

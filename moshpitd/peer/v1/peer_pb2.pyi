@@ -268,6 +268,10 @@ class Envelope(_message.Message):
     FAREWELL_FIELD_NUMBER: _builtins.int
     HAIL_FIELD_NUMBER: _builtins.int
     COMING_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    CONTRIBUTING_FIELD_NUMBER: _builtins.int
+    OUTCAST_FIELD_NUMBER: _builtins.int
+    STRANGER_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """The session's key: hash of swarm and session name, 20 bytes."""
     @_builtins.property
@@ -354,6 +358,22 @@ class Envelope(_message.Message):
     def coming(self) -> Global___Coming:
         """See Coming."""
 
+    @_builtins.property
+    def activation(self) -> Global___Activation:
+        """See Activation."""
+
+    @_builtins.property
+    def contributing(self) -> Global___Contributing:
+        """See Contributing."""
+
+    @_builtins.property
+    def outcast(self) -> Global___Outcast:
+        """See Outcast."""
+
+    @_builtins.property
+    def stranger(self) -> Global___Stranger:
+        """See Stranger."""
+
     def __init__(
         self,
         *,
@@ -379,12 +399,16 @@ class Envelope(_message.Message):
         farewell: Global___Farewell | None = ...,
         hail: Global___Hail | None = ...,
         coming: Global___Coming | None = ...,
+        activation: Global___Activation | None = ...,
+        contributing: Global___Contributing | None = ...,
+        outcast: Global___Outcast | None = ...,
+        stranger: Global___Stranger | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell", "hail", "coming"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell", "hail", "coming", "activation", "contributing", "outcast", "stranger"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -1286,6 +1310,7 @@ class Terms(_message.Message):
     NORMALISE_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     PROTOCOL_FIELD_NUMBER: _builtins.int
+    AVERAGING_FIELD_NUMBER: _builtins.int
     layout: _builtins.bytes
     """Digest of the layout."""
     rounds: _builtins.int
@@ -1300,6 +1325,8 @@ class Terms(_message.Message):
     """Reliable or lossy."""
     protocol: _builtins.int
     """Version of the protocol."""
+    averaging: _builtins.str
+    """Whether peers wait for each other, and if not, how they do without."""
     def __init__(
         self,
         *,
@@ -1310,10 +1337,11 @@ class Terms(_message.Message):
         normalise: _builtins.str = ...,
         transport: _builtins.str = ...,
         protocol: _builtins.int = ...,
+        averaging: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "compressor", b"compressor", "layout", b"layout", "normalise", b"normalise", "protocol", b"protocol", "rounds", b"rounds", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averaging", b"averaging", "codec", b"codec", "compressor", b"compressor", "layout", b"layout", "normalise", b"normalise", "protocol", b"protocol", "rounds", b"rounds", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1367,6 +1395,114 @@ class Farewell(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Farewell: _TypeAlias = Farewell  # noqa: Y015
+
+@_typing.final
+class Activation(_message.Message):
+    """A version of a cohort runs now: put in the last model you have. Each daemon passes it on once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.bytes
+    """The cohort's id."""
+    version: _builtins.int
+    """Which version."""
+    def __init__(
+        self,
+        *,
+        cohort: _builtins.bytes = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Activation: _TypeAlias = Activation  # noqa: Y015
+
+@_typing.final
+class Contributing(_message.Message):
+    """To the members of a version's group; activates the version too."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    POSTED_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.bytes
+    """The cohort's id."""
+    version: _builtins.int
+    """Which version."""
+    posted: _builtins.int
+    """As which version the model that the sender puts in was posted."""
+    def __init__(
+        self,
+        *,
+        cohort: _builtins.bytes = ...,
+        version: _builtins.int = ...,
+        posted: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "posted", b"posted", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Contributing: _TypeAlias = Contributing  # noqa: Y015
+
+@_typing.final
+class Outcast(_message.Message):
+    """A member is out of its cohort for good. Each daemon passes it on once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.bytes
+    """The cohort's id."""
+    peer: _builtins.str
+    """Who is out."""
+    why: _builtins.str
+    """Why, for people."""
+    def __init__(
+        self,
+        *,
+        cohort: _builtins.bytes = ...,
+        peer: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "peer", b"peer", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Outcast: _TypeAlias = Outcast  # noqa: Y015
+
+@_typing.final
+class Stranger(_message.Message):
+    """In answer to a message of a cohort: the sender is not in it, or not any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.bytes
+    """The cohort's id."""
+    def __init__(
+        self,
+        *,
+        cohort: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stranger: _TypeAlias = Stranger  # noqa: Y015
 
 @_typing.final
 class TransferRequest(_message.Message):
