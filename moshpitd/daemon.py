@@ -250,12 +250,14 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
             counters.gauge("peers", lambda: daemon.peers)
             counters.gauge("sessions", lambda: len(driver.sessions()))
             counters.gauge("tasks", lambda: len(asyncio.all_tasks()))
+            counters.histogram("loop_lag_seconds", driver.loop_lag.read)
             http = HttpDoor(daemon, counters)
             try:
-                await http.open(config.http.host, config.http.port)
+                port = await http.open(config.http.host, config.http.port)
             except OSError as error:
                 raise StartError(f"--http {config.http}: {error.strerror}: choose another address, or off") from error
             stack.push_async_callback(http.close)
+            log.info("health and metrics at http://%s", Endpoint(config.http.host, port))
         yield daemon, local
 
 

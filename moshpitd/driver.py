@@ -53,6 +53,7 @@ from moshpitd.directory import Directory, DirectoryError
 from moshpitd.identity import Identity, peer_id, verify
 from moshpitd.peer import wire
 from moshpitd.peer.door import PeerDoor
+from moshpitd.telemetry.loop_lag import LoopLag
 
 log = logging.getLogger("moshpitd.session")
 
@@ -156,6 +157,8 @@ class Driver:
         self._ended = 0
         self.link = LinkRates()
         """What the rounds of all sessions showed of this machine's line."""
+        self.loop_lag = LoopLag()
+        """Measured while rounds run."""
         self.dialable: bool | None = None
         """Whether another peer could dial us; None while nobody tried."""
         self._dialable_known = asyncio.Event()
@@ -336,6 +339,7 @@ class Driver:
     async def close(self) -> None:
         """Stop everything."""
         self._draining = True
+        self.loop_lag.close()
         for running in self._running.values():
             running.stop()
         for task in list(self._tasks):
@@ -548,8 +552,10 @@ class Running:
                 kind = "lease" if key == self.machine.key else "presence"
                 self.withdrawals.append(self._driver.spawn(self._withdraw(key, kind)))
             case OpenStreams(group=group, rank=rank):
+                self._driver.loop_lag.begin(group.group_id)
                 door.open_streams(self.machine.key, group, rank)
             case CloseStreams(group_id=group_id):
+                self._driver.loop_lag.end(group_id)
                 door.close_streams(group_id)
             case Sendable(group_id=group_id, rank=rank):
                 door.ring(group_id, rank)

@@ -6,14 +6,18 @@ import asyncio
 import contextlib
 import io
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import pytest
 
 from moshpitd.telemetry import log
-from moshpitd.telemetry.counters import Counters
+from moshpitd.telemetry.counters import Counters, Histogram
 from moshpitd.telemetry.http import REQUEST_BYTES_MAX, HttpDoor
+from moshpitd.telemetry.loop_lag import LoopLag
+
+STALL_S = 0.1
 
 
 @dataclass
@@ -72,6 +76,44 @@ async def test_counters_and_gauges_are_readable_by_prometheus(operator: Operator
         'moshpitd_averagings_total{outcome="complete"} 2',
         'moshpitd_averagings_total{outcome="partial"} 1',
     ]
+
+
+async def test_histograms_are_told_cumulatively(operator: Operator) -> None:
+    operator.counters.histogram("wait_seconds", lambda: Histogram((0.5, 1.0), (3, 0, 2), 12.5))
+    body = (await operator.get("/metrics")).partition("\r\n\r\n")[2]
+    assert body.splitlines() == [
+        "# TYPE moshpitd_wait_seconds histogram",
+        'moshpitd_wait_seconds_bucket{le="0.5"} 3',
+        'moshpitd_wait_seconds_bucket{le="1.0"} 3',
+        'moshpitd_wait_seconds_bucket{le="+Inf"} 5',
+        "moshpitd_wait_seconds_sum 12.5",
+        "moshpitd_wait_seconds_count 5",
+    ]
+
+
+async def test_a_stalled_loop_is_seen_while_any_round_runs_and_only_then() -> None:
+    lag = LoopLag()
+    lag.begin("one round")
+    lag.begin("another")
+    lag.end("one round")
+    await stall()
+    seen = lag.read()
+    assert late_by(seen, STALL_S / 2) == 1
+    lag.end("another")
+    await stall()
+    assert lag.read() == seen
+
+
+async def stall() -> None:
+    """Keep the loop from coming round, then let it catch up."""
+    asyncio.get_running_loop().call_soon(time.sleep, STALL_S)
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+def late_by(seen: Histogram, at_least_s: float) -> int:
+    """How many values lie in the classes above this one."""
+    return sum(count for bound, count in zip(seen.bounds, seen.counts[1:], strict=True) if bound >= at_least_s)
 
 
 @pytest.mark.parametrize(
