@@ -2,135 +2,100 @@
 
 Prints a table with target and measured value, ratios first, and writes `.bench/results.json`: machine, versions,
 figures and the samples behind them. Speed never fails the command, a wrong result does (exit code 1), and so does a
-daemon that dies; the benchmarks after it are measured all the same.
+daemon that dies; the benchmarks after it are measured all the same. `--write-docs` writes docs/benchmarks.md and its
+pictures from results.json; without `--only` it measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
-import psutil
 from rich.console import Console
-from rich.table import Table
 
-from tests.benchmarks import codecs, directory, exactness, failover, idle, matchmaking, whole_step
-from tests.benchmarks.figures import Figure, Measured, WrongResult
+from tests.benchmarks import (
+    all_reduce,
+    codecs,
+    directory,
+    exactness,
+    failover,
+    idle,
+    links,
+    local_hop,
+    matchmaking,
+    profiling,
+    report,
+    under_load,
+    whole_step,
+)
+from tests.benchmarks.figures import Measured, WrongResult
+from tests.benchmarks.rivals import Unavailable
 from tests.benchmarks.swarm import SwarmFailed
 
-RESULTS = Path(__file__).resolve().parent.parent.parent / ".bench" / "results.json"
 BENCHMARKS: dict[str, Callable[..., Measured]] = {
     "exactness": exactness.measure,
-    "matchmaking": matchmaking.measure,
+    "all_reduce": all_reduce.measure,
     "whole_step": whole_step.measure,
+    "local_hop": local_hop.measure,
+    "links": links.measure,
+    "slow_peer": links.measure_slow_peer,
+    "under_load": under_load.measure,
+    "matchmaking": matchmaking.measure,
     "failover": failover.measure,
     "idle": idle.measure,
     "directory": directory.measure,
     "codecs": codecs.measure,
 }
+BY_NAME_ONLY: dict[str, Callable[..., Measured]] = {"huge": under_load.measure_huge, "profile": profiling.measure}
+"""They take minutes or need the machine's whole memory."""
 PLAIN_WIDTH = 132
-PACKAGES = ("moshpitd", "moshpit_client", "grpcio", "protobuf", "numpy", "ml_dtypes", "kademlia", "uvloop")
 
 
 def main() -> int:
     """Parses the command line, measures, reports; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Measure what was promised.")
-    parser.add_argument("--only", choices=BENCHMARKS, action="append", help="this benchmark; may be repeated")
+    everything = BENCHMARKS | BY_NAME_ONLY
+    parser.add_argument("--only", choices=everything, action="append", help="this benchmark; may be repeated")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: for a look, not for the record")
     parser.add_argument("--json", action="store_true", help="print what results.json holds instead of the table")
+    parser.add_argument("--write-docs", action="store_true", help="write docs/benchmarks.md from results.json")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the swarm's processes end with us
     notes = Console(stderr=True)
-    found: dict[str, Measured] = {}
-    failures: dict[str, str] = {}
-    load = os.getloadavg()[0]
-    for name in arguments.only or BENCHMARKS:
-        began = time.monotonic()
+    records = report.load()
+    measuring = arguments.only or ([] if arguments.write_docs else list(BENCHMARKS))
+    for name in measuring:
+        began, load = time.monotonic(), os.getloadavg()[0]
         notes.print(f"{name} ...", style="dim")
+        measured, failure = Measured(()), ""
         try:
-            found[name] = BENCHMARKS[name](quick=arguments.quick)
+            measured = everything[name](quick=arguments.quick)
+        except Unavailable as error:
+            measured = Measured((), missing=(str(error),))
         except (WrongResult, SwarmFailed) as error:
             # The daemons' logs are named in a note.
-            failures[name] = "\n".join([str(error), *getattr(error, "__notes__", ())])
-            notes.print(f"{name}: {failures[name]}", style="red", markup=False)
-        else:
-            notes.print(f"{name}: {time.monotonic() - began:.0f} s", style="dim")
-    report = {
-        "machine": machine() | {"load_before": load},
-        "versions": {"python": platform.python_version()} | {each: version(each) for each in PACKAGES},
-        "quick": arguments.quick,
-        "figures": [
-            dataclasses.asdict(each) | {"goal": each.goal and each.goal.value, "reached": each.reached}
-            for each in ordered(found.values())
-        ],
-        "missing": [each for measured in found.values() for each in measured.missing],
-        "failures": failures,
-        "details": {name: measured.details for name, measured in found.items()},
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+            failure = "\n".join([str(error), *getattr(error, "__notes__", ())])
+            notes.print(f"{name}: {failure}", style="red", markup=False)
+        records[name] = report.record(began, load, quick=arguments.quick, measured=measured, failure=failure)
+        records = {each: records[each] for each in everything if each in records}
+        stored = report.store(records)  # at once: whoever stops the command keeps what there is
+        notes.print(f"{name}: {time.monotonic() - began:.0f} s", style="dim")
+    if arguments.write_docs:
+        report.write_page(records)
+    if not measuring:
+        return 0
     if arguments.json:
-        print(json.dumps(report))
+        print(json.dumps(stored))
     else:
         # A log or a pipe has no width of its own, and the table folds badly into the usual 80 columns.
-        show(Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH), found.values(), report["missing"], failures)
-    return 1 if failures else 0
-
-
-def ordered(found: Collection[Measured]) -> list[Figure]:
-    """Ratios first, then what has a target, then the rest; each as measured."""
-    figures = [figure for measured in found for figure in measured.figures]
-    return sorted(figures, key=lambda figure: (figure.unit != "x", figure.goal is None))
-
-
-def show(console: Console, found: Collection[Measured], missing: Sequence[str], failures: dict[str, str]) -> None:
-    """The table, and below it what is not in it."""
-    table = Table(title=f"moshpitd on {machine()['processor']}, {os.cpu_count()} cores", title_justify="left")
-    for heading in ("benchmark", "figure", "target", "measured", "", "note"):
-        table.add_column(heading, justify="right" if heading in ("target", "measured") else "left", overflow="fold")
-    for figure in ordered(found):
-        target = f"{figure.goal.value} {figure.target:g} {figure.unit}" if figure.goal else ""
-        verdict = {None: "", True: "[green]reached[/]", False: "[red]missed[/]"}[figure.reached]
-        value = f"{figure.value:.3g} {figure.unit}"
-        table.add_row(figure.benchmark, figure.name, target, value, verdict, figure.note)
-    console.print(table)
-    for reason in missing:
-        console.print(f"not installed: {reason}", style="yellow", markup=False)
-    for name, why in failures.items():
-        console.print(f"WRONG: {name}: {why}", style="bold red", markup=False)
-    console.print(f"written to {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
-
-
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    described = Path("/proc/cpuinfo")
-    if described.exists():
-        names = [line.partition(":")[2].strip() for line in described.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "system": f"{platform.system()} {platform.release()}",
-    }
-
-
-def version(package: str) -> str:
-    """Of an installed distribution; empty when it is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+        console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        report.show(console, {name: records[name] for name in measuring})
+    return 1 if any(records[name].failure for name in measuring) else 0
 
 
 if __name__ == "__main__":

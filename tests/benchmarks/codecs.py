@@ -6,9 +6,8 @@ import dataclasses
 
 from moshpitd.averaging.codecs import codec_named
 from moshpitd.cli import codec_bench
-from tests.benchmarks import hivemind_environment
 from tests.benchmarks.figures import Figure, Goal, Measured
-from tests.benchmarks.hivemind_environment import HivemindUnavailable
+from tests.benchmarks.rivals import Unavailable, measure_hivemind_codecs
 
 SECONDS, SECONDS_QUICK = 1.0, 0.15
 GB_S_MIN = {"flash8": (1.5, 4.0), "flash4": (1.5, 4.0), "flash8:32": (1.2, 3.5), "flash4:32": (1.2, 3.5)}
@@ -32,8 +31,8 @@ def measure(*, quick: bool) -> Measured:
     details: dict[str, object] = {"moshpitd": [dataclasses.asdict(each) for each in ours]}
     missing: list[str] = []
     try:
-        report = hivemind_environment.measure_codecs(hivemind_environment.make_environment(), seconds=seconds)
-    except HivemindUnavailable as error:
+        report = measure_hivemind_codecs(seconds=seconds)
+    except Unavailable as error:
         missing.append(f"hivemind: {error}")
     else:
         details["hivemind"] = dataclasses.asdict(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.benchmarks.figures import Figure, Goal, Measured, WrongResult
-from tests.benchmarks.swarm import ERROR_MAX, running, training
+from tests.benchmarks.swarm import ERROR_MAX, Training, running, training
 
 ELEMENTS = 300_001
 """Odd, so that spans and chunks end anywhere."""
@@ -37,7 +37,7 @@ def measure(*, quick: bool) -> Measured:
     """Raises WrongResult when a mean is off, bits differ, or the plan has other rounds than it must."""
     figures: list[Figure] = []
     for case in CASES:
-        with running(case.peers, *case.flags) as swarm, training(swarm, elements=ELEMENTS) as trainers:
+        with running(case.peers, *case.flags) as swarm, training(swarm, Training(ELEMENTS)) as trainers:
             errors: list[float] = []
             grid = ""
             # The first averaging finds the swarm, the second is a warm one.

@@ -11,10 +11,9 @@ import statistics
 import time
 from collections.abc import Iterable
 
-from tests.benchmarks import hivemind_environment
 from tests.benchmarks.figures import Figure, Goal, Measured, WrongResult
-from tests.benchmarks.hivemind_environment import HivemindKill, HivemindUnavailable
-from tests.benchmarks.swarm import ERROR_MAX, START_TIMEOUT_S, Daemon, Step, Trainers, running, training
+from tests.benchmarks.rivals import HivemindKill, Unavailable, measure_hivemind_kill
+from tests.benchmarks.swarm import ERROR_MAX, START_TIMEOUT_S, Daemon, Step, Trainers, Training, running, training
 
 PEERS = 8
 MEGABYTES = 64.0
@@ -57,10 +56,8 @@ def measure(*, quick: bool) -> Measured:
     absent: tuple[str, ...] = ()
     details: dict[str, object] = {"moshpitd_s": kills}
     try:
-        theirs = hivemind_environment.measure_kill(
-            hivemind_environment.make_environment(), peers=PEERS, megabytes=MEGABYTES
-        )
-    except HivemindUnavailable as error:
+        theirs = measure_hivemind_kill(peers=PEERS, megabytes=MEGABYTES)
+    except Unavailable as error:
         absent = (f"hivemind: {error}",)
     else:
         figures += _of_hivemind(theirs)
@@ -71,7 +68,7 @@ def measure(*, quick: bool) -> Measured:
 def _kill_ours(moment: float) -> tuple[float, float, float]:
     """(data time of a clean round, seconds from the kill to the last survivor, share without the dead one's values)"""
     elements = int(MEGABYTES * 1e6) // 4
-    with running(PEERS) as swarm, training(swarm, elements=elements, rounds=1) as trainers:
+    with running(PEERS) as swarm, training(swarm, Training(elements, rounds=1)) as trainers:
         data_s = statistics.median(_clean_data_s(trainers) for _ in range(ROUNDS))
         victim = swarm.daemons[VICTIM]
         dead = trainers.peer_ids[VICTIM]

@@ -1,6 +1,6 @@
 """What hivemind's codecs cost and lose, on the values that ours are measured with.
 
-Knows hivemind and torch; does not know moshpitd. It runs inside the environment that `hivemind_environment.py` makes,
+Knows hivemind and torch; does not know moshpitd. It runs inside the environment that rivals.py makes,
 on one thread, and prints one JSON object on its last line:
 
     {"hivemind", "torch", "codecs": [{"codec", "bits_per_element", "encode_gb_s", "decode_gb_s", "relative_error"}],

@@ -95,7 +95,8 @@ def measure(peers: int, megabytes: float) -> dict[str, object]:
     settings = hivemind_round.Settings(min_matchmaking_time=5.0, request_timeout=3.0, step_timeout=STEP_TIMEOUT_S)
     hivemind_round.TimedAverager = MarkedAverager
     with (
-        hivemind_round.averagers_of(peers, peers, elements, settings) as averagers,
+        hivemind_round.dhts_of(peers) as dhts,
+        hivemind_round.averagers_of(dhts, peers, elements, settings) as averagers,
         ThreadPoolExecutor(max_workers=peers + 1) as threads,
     ):
         clean = 0.0

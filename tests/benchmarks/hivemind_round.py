@@ -1,10 +1,6 @@
 """What one averaging costs under hivemind: several `DecentralizedAverager`s on loopback, one round after another.
 
-Knows hivemind and torch; does not know moshpitd. It runs inside the environment that `hivemind_environment.py` makes,
-as a subprocess, and prints one JSON object on its last line:
-
-    {"hivemind", "torch", "peers", "group_size", "vector_bytes", "settings": {...},
-     "rounds": [{"seconds", "data_seconds", "peer_seconds": [...], "group_sizes": [...], "failed": [...]}]}
+Knows hivemind and torch; does not know moshpitd. Runs in an environment of its own; rivals.py speaks to it.
 
 The peers are made as hivemind's own benchmark_averaging.py makes them: one DHT with its own p2pd and one averager
 process each, the initial group bits dealt out evenly so that every bucket starts full and, by hivemind's rule for the
@@ -12,7 +8,7 @@ next bits, stays full. Nothing is compressed, so the bytes on the wire are those
 
 `seconds` runs from the barrier that releases all peers to the last `step` that returned: matchmaking and data.
 `data_seconds` is the slowest peer's part of it between an assembled group and averaged tensors. A round in which a
-peer failed or met fewer than a full group is reported with it, never left out: whoever compares decides.
+peer failed or met fewer than a full group is answered with `is_whole` false, never left out: whoever compares decides.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import hivemind
 import torch
@@ -63,22 +59,31 @@ class TimedAverager(hivemind.DecentralizedAverager):
 
 
 @contextlib.contextmanager
-def averagers_of(peers: int, group_size: int, elements: int, settings: Settings) -> Iterator[list[TimedAverager]]:
-    """Starts one DHT and one averager a peer; shuts all of them down in the end, whatever happened."""
-    buckets = peers // group_size
+def dhts_of(peers: int) -> Iterator[list[hivemind.DHT]]:
+    """One a peer, shut down in the end, whatever happened."""
+    with contextlib.ExitStack() as stack:
+        dhts: list[hivemind.DHT] = []
+        for _ in range(peers):
+            known = dhts[0].get_visible_maddrs() if dhts else []
+            dhts.append(hivemind.DHT(initial_peers=known, start=True))
+            stack.callback(dhts[-1].shutdown)
+        yield dhts
+
+
+@contextlib.contextmanager
+def averagers_of(
+    dhts: list[hivemind.DHT], group_size: int, elements: int, settings: Settings
+) -> Iterator[list[TimedAverager]]:
+    """Starts one averager a peer; shuts all of them down in the end, whatever happened."""
+    buckets = len(dhts) // group_size
     bits = int(math.log2(buckets))
     with contextlib.ExitStack() as stack:
-        root = hivemind.DHT(start=True)
-        stack.callback(root.shutdown)
-        addresses = root.get_visible_maddrs()
         averagers = []
-        for index in range(peers):
-            dht = hivemind.DHT(initial_peers=addresses, start=True)
-            stack.callback(dht.shutdown)
+        for index, dht in enumerate(dhts):
             averager = TimedAverager(
                 [torch.full((elements,), float(index))],
                 dht,
-                prefix="benchmark",
+                prefix=f"benchmark-{elements}",
                 initial_group_bits=format(index % buckets, f"0{bits}b") if bits else "",
                 target_group_size=group_size,
                 min_matchmaking_time=settings.min_matchmaking_time,
@@ -105,37 +110,59 @@ def step_of(averager: TimedAverager, barrier: threading.Barrier, settings: Setti
     return began, ended, PeerStep(ended - began, data_seconds, group_size, failure)
 
 
-def measure(peers: int, group_size: int, megabytes: float, rounds: int, settings: Settings) -> dict[str, object]:
-    """Runs the rounds and returns the object described above."""
-    elements = int(megabytes * 1e6) // 4
-    report = []
-    with (
-        averagers_of(peers, group_size, elements, settings) as averagers,
-        ThreadPoolExecutor(max_workers=peers) as threads,
-    ):
-        for number in range(rounds):
-            barrier = threading.Barrier(peers)
-            futures = [threads.submit(step_of, averager, barrier, settings) for averager in averagers]
-            begins, ends, steps = zip(*(future.result() for future in futures), strict=True)
-            report.append(
-                {
-                    "seconds": max(ends) - min(begins),
-                    "data_seconds": max(step.data_seconds or 0.0 for step in steps),
-                    "peer_seconds": [step.seconds for step in steps],
-                    "group_sizes": [step.group_size for step in steps],
-                    "failed": [step.failure for step in steps if step.failure],
-                }
-            )
-            print(f"hivemind round {number}: {report[-1]['seconds']:.3f} s", file=sys.stderr, flush=True)
-    return {
-        "hivemind": hivemind.__version__,
-        "torch": torch.__version__,
-        "peers": peers,
-        "group_size": group_size,
-        "vector_bytes": elements * 4,
-        "settings": asdict(settings),
-        "rounds": report,
-    }
+class Peers:
+    """All of them: answers what rivals.py asks."""
+
+    def __init__(self, dhts: list[hivemind.DHT], group_size: int, settings: Settings) -> None:
+        self._dhts = dhts
+        self._group_size = group_size
+        self._settings = settings
+        self._open = contextlib.ExitStack()
+        self._threads = ThreadPoolExecutor(max_workers=len(dhts))
+        self._averagers: list[TimedAverager] = []
+
+    def open(self, megabytes: float) -> dict[str, object]:
+        """New averagers; the first round after it, in which they dial each other, is no one's measure."""
+        self.close()
+        elements = int(megabytes * 1e6) // 4
+        entered = averagers_of(self._dhts, self._group_size, elements, self._settings)
+        self._averagers = self._open.enter_context(entered)
+        return {"version": f"hivemind {hivemind.__version__}, torch {torch.__version__}"}
+
+    def fill(self) -> dict[str, object]:
+        """Peer i's elements are all i."""
+        for index, averager in enumerate(self._averagers):
+            with averager.get_tensors() as (tensor,):
+                tensor.fill_(float(index))
+        return {}
+
+    def round(self) -> dict[str, object]:
+        """One step of all."""
+        barrier = threading.Barrier(len(self._averagers))
+        futures = [self._threads.submit(step_of, each, barrier, self._settings) for each in self._averagers]
+        begins, ends, steps = zip(*(future.result() for future in futures), strict=True)
+        failed = [step.failure for step in steps if step.failure]
+        is_whole = not failed and {step.group_size for step in steps} == {self._group_size}
+        for failure in failed:
+            print(failure, file=sys.stderr, flush=True)
+        return {
+            "seconds": max(ends) - min(begins),
+            "data_seconds": max(step.data_seconds or 0.0 for step in steps),
+            "is_whole": is_whole,
+            "is_right": not is_whole or self._is_right(),
+        }
+
+    def _is_right(self) -> bool:
+        """Whether the first peer holds the mean of its group: of all, when that is one group."""
+        if self._group_size != len(self._averagers):
+            return True
+        with self._averagers[0].get_tensors() as (tensor,):
+            mean = (len(self._averagers) - 1) / 2
+            return bool((tensor.min() - mean).abs() < 1e-4 and (tensor.max() - mean).abs() < 1e-4)
+
+    def close(self) -> None:
+        self._averagers = []
+        self._open.close()
 
 
 def _power_of_two(text: str) -> int:
@@ -147,19 +174,25 @@ def _power_of_two(text: str) -> int:
 
 
 def main() -> None:
-    """Parses the command line, measures, prints the JSON."""
+    """Starts the peers, then answers line by line until its input ends."""
     parser = argparse.ArgumentParser(description="Measure rounds of hivemind's DecentralizedAverager on loopback.")
     parser.add_argument("--peers", type=_power_of_two, default=8)
     parser.add_argument("--group-size", type=_power_of_two, default=4)
-    parser.add_argument("--megabytes", type=float, default=16.0, help="float32 data a peer, in units of 1e6 bytes")
-    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--min-matchmaking-time", type=float, default=5.0)
     parser.add_argument("--request-timeout", type=float, default=3.0)
     parser.add_argument("--step-timeout", type=float, default=60.0)
     arguments = parser.parse_args()
     settings = Settings(arguments.min_matchmaking_time, arguments.request_timeout, arguments.step_timeout)
-    report = measure(arguments.peers, arguments.group_size, arguments.megabytes, arguments.rounds, settings)
-    print(json.dumps(report), flush=True)
+    with dhts_of(arguments.peers) as dhts, contextlib.closing(Peers(dhts, arguments.group_size, settings)) as peers:
+        for line in sys.stdin:
+            match json.loads(line):
+                case {"do": "open", "megabytes": megabytes}:
+                    answer = peers.open(megabytes)
+                case {"do": "fill"}:
+                    answer = peers.fill()
+                case _:
+                    answer = peers.round()
+            print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

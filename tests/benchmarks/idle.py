@@ -9,7 +9,7 @@ import time
 import psutil
 
 from tests.benchmarks.figures import Figure, Goal, Measured, quantile
-from tests.benchmarks.swarm import SwarmFailed, running, training
+from tests.benchmarks.swarm import SwarmFailed, Training, running, training
 
 PEERS = 4
 SETTLE_S = 5.0
@@ -22,7 +22,7 @@ MEGABYTES_MAX, CORE_PERCENT_MAX, STATUS_SECONDS_MAX = 100.0, 1.0, 0.3
 def measure(*, quick: bool) -> Measured:
     """The worst of four daemons, each with one open session that averaged once."""
     watch_s = WATCH_QUICK_S if quick else WATCH_S
-    with running(PEERS) as swarm, training(swarm, elements=ELEMENTS) as trainers:
+    with running(PEERS) as swarm, training(swarm, Training(ELEMENTS)) as trainers:
         trainers.check(trainers.step(), [1.0] * PEERS)
         time.sleep(SETTLE_S)  # what follows an averaging is not idleness
         processes = [psutil.Process(daemon.process.pid) for daemon in swarm.daemons]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.benchmarks.figures import Figure, Goal, Measured, quantile
-from tests.benchmarks.swarm import running, training
+from tests.benchmarks.swarm import Training, running, training
 
 PEERS = 8
 AVERAGINGS = 50
@@ -21,7 +21,7 @@ def measure(*, quick: bool) -> Measured:
     figures: list[Figure] = []
     details: dict[str, object] = {}
     for name, flags in PLANS.items():
-        with running(PEERS, *flags) as swarm, training(swarm, elements=ELEMENTS) as trainers:
+        with running(PEERS, *flags) as swarm, training(swarm, Training(ELEMENTS)) as trainers:
             matched_ms: list[float] = []
             whole_ms: list[float] = []
             for turn in range(WARM_UP + averagings):

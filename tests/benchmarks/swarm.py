@@ -1,8 +1,8 @@
 """A swarm on this machine: daemons and trainers, each a process of its own, gone when the block ends.
 
-Knows `moshpitd run`, the Python client and how to let all trainers call at the same moment. Does not know what is
-measured. A trainer owns one float32 tensor; `values` says what is in it, so that every process can work out what an
-average of any of them must be without moving vectors around.
+Knows `moshpitd run`, the Python client and how to let all trainers call at the same moment, on this machine's loopback
+or in network namespaces. Does not know what is measured. A trainer owns one float32 tensor; `Values` says what is in
+it, so that every process can work out what an average of any of them must be without moving vectors around.
 
     parent -- Go(weight, ...) --> trainer -- session.average --> its daemon
            <-- Step(began, ended, receipt, crc) --
@@ -17,19 +17,24 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.synchronize
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 import moshpit_client
 from moshpit_client import Receipt
@@ -41,6 +46,14 @@ STOP_TIMEOUT_S = 10.0
 LOG_LINES = 15
 ERROR_MAX = 1e-6
 """Relative to the largest element of the exact mean."""
+ERROR_MAX_16_BITS = 1e-2
+"""The same where bfloat16 or float16 went over the wire."""
+BLOCK = 1 << 20
+"""Elements that are checked at once."""
+
+Transport = Literal["grpc", "tcp"]
+Hop = Literal["zero copy", "copied", "streamed"]
+"""How a trainer's values come to its daemon: placed in shared memory, copied there and back, or streamed."""
 
 
 class SwarmFailed(Exception):
@@ -89,18 +102,31 @@ class Check:
     weights: Mapping[int, float]
 
 
-def values(rank: int, turn: int, elements: int) -> npt.NDArray[np.float32]:
-    """What a trainer's tensor holds before the averaging: of both signs, different for every rank and turn."""
-    return np.random.default_rng([rank, turn]).random(elements, np.float32) * np.float32(2.0) - np.float32(1.0)
+class Values:
+    """What a trainer's tensor holds before the averaging, from the first element on: of both signs, different for every
+    rank and turn."""
+
+    def __init__(self, rank: int, turn: int) -> None:
+        self._rng = np.random.default_rng([rank, turn])
+
+    def fill(self, out: npt.NDArray[np.float32]) -> None:
+        """Write the next elements."""
+        self._rng.random(dtype=np.float32, out=out)
+        out *= np.float32(2.0)
+        out -= np.float32(1.0)
 
 
-def mean(turn: int, weights: Mapping[int, float], elements: int) -> npt.NDArray[np.float64]:
-    """What an averaging over these ranks must give."""
-    exact = np.zeros(elements, np.float64)
-    for rank, share in weights.items():
-        exact += values(rank, turn, elements) * np.float64(share)
-    exact /= sum(weights.values())
-    return exact
+def means(turn: int, weights: Mapping[int, float], elements: int) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+    """What an averaging over these ranks must give, block by block with its first index."""
+    everybody = {Values(rank, turn): weight / sum(weights.values()) for rank, weight in weights.items()}
+    block = np.empty(BLOCK, np.float32)
+    for start in range(0, elements, BLOCK):
+        part = block[: min(BLOCK, elements - start)]
+        exact = np.zeros(len(part), np.float64)
+        for its, share in everybody.items():
+            its.fill(part)
+            exact += part * np.float64(share)
+        yield start, exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,42 +137,87 @@ class Daemon:
     socket: Path
     log: Path
 
+    def cpu_seconds(self) -> float:
+        """Used since its start, by program and kernel."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+    def private_bytes(self) -> int:
+        """Resident, without what it shares with its trainers."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * sum(int(re.findall(rf"{kind}:\s+(\d+) kB", status)[0]) for kind in ("RssAnon", "RssFile"))
+
+    def loop_lag(self) -> Counter[float]:
+        """How often its event loop was late by at most so many seconds, but more than the next smaller number."""
+        (where,) = re.findall(r"health and metrics at (http://\S+)", self.log.read_text())
+        with urllib.request.urlopen(f"{where}/metrics", timeout=START_TIMEOUT_S) as answer:
+            text = answer.read().decode()
+        found = Counter[float]()
+        before = 0
+        for bound, so_far in re.findall(r'moshpitd_loop_lag_seconds_bucket{le="(\S+)"} (\d+)', text):
+            found[float(bound)] += int(so_far) - before
+            before = int(so_far)
+        return found
+
     def failure(self, why: str) -> SwarmFailed:
         """An error that shows the end of its log."""
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
         return SwarmFailed("\n".join([f"daemon {self.socket.parent.name} {why}; its log ends:", *lines]))
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a daemon runs."""
+
+    address: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+    """The words of a command line that bring its program there."""
+
+
+HERE = Place()
+
+
 class Swarm:
     """Made by `running`."""
 
-    def __init__(self, home: Path, flags: Sequence[str]) -> None:
+    def __init__(
+        self, home: Path, flags: Sequence[str], transport: Transport | None, places: Sequence[Place], metrics: bool
+    ) -> None:
         self.daemons: list[Daemon] = []
+        self.transport = transport
         self._home = home
-        self._flags = flags
+        self._flags = [*flags, *(("--transport", transport) if transport else ())]
+        self._places = places
+        self._metrics = metrics
 
-    def start(self, count: int) -> None:
+    def start(self) -> None:
         """Start daemons, the first before the others, and wait until each knows all of them."""
-        self._start_one([])
-        first = self._status(self.daemons[0]).listen
-        for _ in range(1, count):
-            self._start_one(["--join", first])
+        joining: tuple[str, ...] = ()
+        for place in self._places:
+            self._start_one(place, joining)
+            joining = joining or ("--join", self._status(self.daemons[0]).listen)
+        others = len(self.daemons) - 1
         for daemon in self.daemons:
             deadline = time.monotonic() + START_TIMEOUT_S
             while True:
                 status = self._status(daemon)
-                if status.ready and status.peers >= count - 1:
+                if status.ready and status.peers >= others:
                     break
                 if time.monotonic() > deadline:
-                    raise daemon.failure(f"knew {status.peers} of {count - 1} peers after {START_TIMEOUT_S:g} s")
+                    raise daemon.failure(f"knew {status.peers} of {others} peers after {START_TIMEOUT_S:g} s")
                 time.sleep(0.05)
 
-    def _start_one(self, more: Sequence[str]) -> None:
+    def cpu_seconds(self) -> float:
+        """Of all daemons so far."""
+        return sum(daemon.cpu_seconds() for daemon in self.daemons)
+
+    def _start_one(self, place: Place, joining: Sequence[str]) -> None:
         home = self._home / str(len(self.daemons))
         home.mkdir()
         socket, log = home / "s" / "sock", home / "log"
-        command = [sys.executable, "-m", "moshpitd", "run", "--swarm", "benchmark", "--listen", "127.0.0.1:0"]
-        command += ["--socket", str(socket), "--data-dir", str(home / "data"), "--http", "off", *self._flags, *more]
+        command = [*place.prefix, sys.executable, "-m", "moshpitd", "run", "--swarm", "benchmark"]
+        command += ["--listen", f"{place.address}:0", "--socket", str(socket), "--data-dir", str(home / "data")]
+        command += ["--http", "127.0.0.1:0" if self._metrics else "off", *self._flags, *joining]
         # Variables of whoever measures must not change what is measured.
         environ = {name: value for name, value in os.environ.items() if not name.startswith("MOSHPITD_")}
         with log.open("wb") as output:
@@ -180,13 +251,22 @@ class Swarm:
 
 
 @contextlib.contextmanager
-def running(count: int, *flags: str) -> Iterator[Swarm]:
-    """A swarm of so many daemons, started with these flags. Their logs are kept, and named, when the block fails."""
+def running(
+    count: int,
+    *flags: str,
+    transport: Transport | None = None,
+    places: Sequence[Place] = (),
+    metrics: bool = False,
+) -> Iterator[Swarm]:
+    """A swarm of so many daemons, started with these flags. Their logs are kept, and named, when the block fails.
+
+    transport: which they must use; None leaves it to them. places: where they run, one a daemon. metrics: serve them.
+    """
     home = Path(tempfile.mkdtemp(prefix="moshpit-"))
-    swarm = Swarm(home, flags)
+    swarm = Swarm(home, flags, transport, places or [HERE] * count, metrics)
     failed = False
     try:
-        swarm.start(count)
+        swarm.start()
         yield swarm
     except (SwarmFailed, WrongResult) as error:
         failed = True
@@ -198,12 +278,32 @@ def running(count: int, *flags: str) -> Iterator[Swarm]:
             shutil.rmtree(home)
 
 
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How the trainers of a swarm average."""
+
+    elements: int
+    rounds: int | None = None
+    """Of an averaging; None for the exact mean."""
+    codec: str = "float32"
+    hop: Hop = "copied"
+    name: str = "default"
+    """Of their sessions: trainings of one swarm need different ones."""
+    timeout_s: float = STEP_TIMEOUT_S
+    """For one averaging."""
+
+    @property
+    def error_max(self) -> float:
+        return ERROR_MAX if self.codec == "float32" else ERROR_MAX_16_BITS
+
+
 class Trainers:
     """One trainer a daemon, with an open session. Made by `training`."""
 
-    def __init__(self, swarm: Swarm, elements: int, rounds: int | None) -> None:
-        self.elements = elements
+    def __init__(self, swarm: Swarm, how: Training) -> None:
+        self.elements = how.elements
         self.peer_ids: tuple[str, ...] = ()
+        self._how = how
         self._swarm = swarm
         self._turn = 0
         self._links: list[multiprocessing.connection.Connection[object, object]] = []
@@ -212,7 +312,7 @@ class Trainers:
         self._release = context.Barrier(len(swarm.daemons) + 1)
         for rank, daemon in enumerate(swarm.daemons):
             ours, theirs = context.Pipe()
-            arguments = (theirs, self._release, daemon.socket, rank, elements, len(swarm.daemons), rounds)
+            arguments = (theirs, self._release, daemon.socket, rank, len(swarm.daemons), how)
             process = context.Process(target=_train, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -228,13 +328,16 @@ class Trainers:
         self._turn += 1
         for rank, link in enumerate(self._links):
             link.send(Go(self._turn, weights[rank] if weights else 1.0))
-        self._release.wait(STEP_TIMEOUT_S)
+        self._release.wait(self._how.timeout_s)
         steps: list[Step] = []
         for rank in range(len(self._links)):
             step = self._answer(rank)
             assert isinstance(step, Step)
             if step.receipt.outcome != "complete":
                 raise WrongResult(f"trainer {rank}: {step.receipt.outcome}, not complete: {step.receipt.why}")
+            used = {each.transport for each in step.receipt.rounds}
+            if self._swarm.transport is not None and used != {self._swarm.transport}:
+                raise WrongResult(f"trainer {rank}: its values travelled by {used}, not by {self._swarm.transport}")
             steps.append(step)
         return steps
 
@@ -243,7 +346,7 @@ class Trainers:
         self._turn += 1
         for link in self._links:
             link.send(Go(self._turn, 1.0))
-        self._release.wait(STEP_TIMEOUT_S)
+        self._release.wait(self._how.timeout_s)
         meanwhile()
         steps: list[Step] = []
         for rank in range(len(self._links)):
@@ -275,8 +378,8 @@ class Trainers:
         if len({step.crc for step in steps}) != 1:
             raise WrongResult(f"{len(steps)} peers hold {len({step.crc for step in steps})} different results")
         error = self.error(0, dict(enumerate(weights)))
-        if not error <= ERROR_MAX:
-            raise WrongResult(f"the mean is off by {error:.2e} relative, {ERROR_MAX:g} is allowed")
+        if not error <= self._how.error_max:
+            raise WrongResult(f"the mean is off by {error:.2e} relative, {self._how.error_max:g} is allowed")
         return error
 
     def check_groups(self, steps: Sequence[Step]) -> None:
@@ -286,7 +389,7 @@ class Trainers:
             (only,) = step.receipt.rounds
             crcs.setdefault(only.group_id, set()).add(step.crc)
             error = self.error(rank, {self.peer_ids.index(each.peer): each.weight for each in only.members})
-            if not error <= ERROR_MAX:
+            if not error <= self._how.error_max:
                 raise WrongResult(f"trainer {rank} is off its group's mean by {error:.2e} relative")
         if any(len(each) > 1 for each in crcs.values()):
             raise WrongResult("members of one group hold different bits")
@@ -302,7 +405,7 @@ class Trainers:
                 process.join()
 
     def _answer(self, rank: int) -> object:
-        if not self._links[rank].poll(START_TIMEOUT_S + STEP_TIMEOUT_S):
+        if not self._links[rank].poll(START_TIMEOUT_S + self._how.timeout_s):
             raise self._swarm.daemons[rank].failure("left its trainer without an answer")
         try:
             answer = self._links[rank].recv()
@@ -314,9 +417,9 @@ class Trainers:
 
 
 @contextlib.contextmanager
-def training(swarm: Swarm, *, elements: int, rounds: int | None = None) -> Iterator[Trainers]:
-    """A trainer for each daemon with one float32 tensor; `rounds` of an averaging, None for the exact mean."""
-    trainers = Trainers(swarm, elements, rounds)
+def training(swarm: Swarm, how: Training) -> Iterator[Trainers]:
+    """A trainer for each daemon with one float32 tensor."""
+    trainers = Trainers(swarm, how)
     try:
         trainers.open()
         yield trainers
@@ -329,37 +432,70 @@ def _train(
     release: multiprocessing.synchronize.Barrier,
     socket: Path,
     rank: int,
-    elements: int,
     peers: int,
-    rounds: int | None,
+    how: Training,
 ) -> None:
     """A trainer's process, until its link is closed."""
-    tensor = values(rank, 0, elements)
+    tensor = np.empty(how.elements, np.float32)
     with contextlib.suppress(EOFError, OSError, threading.BrokenBarrierError), moshpit_client.connect(socket) as daemon:
         try:
             # Every averaging waits for all: what is measured is never a smaller swarm.
-            options = {"x": tensor}
-            with daemon.open_session(options, min_peers=peers, rounds="auto" if rounds is None else rounds) as session:
+            with daemon.open_session(
+                {"x": tensor},
+                name=how.name,
+                min_peers=peers,
+                rounds=how.rounds or "auto",
+                codec=how.codec,
+                shared_memory=how.hop != "streamed",
+            ) as session:
+                if how.hop != "streamed":
+                    _require_shared_memory(daemon, how)
                 link.send(daemon.status().peer_id)
                 while True:
                     match link.recv():
                         case Go(turn=turn, weight=weight):
-                            tensor[:] = values(rank, turn, elements)
-                            release.wait(STEP_TIMEOUT_S)
-                            began = time.monotonic()
-                            receipt = session.average(weight=weight, timeout=STEP_TIMEOUT_S)
-                            ended = time.monotonic()
+                            if how.hop == "zero copy":
+                                given = session.contribution()
+                                tensor = given["x"].view(np.float32)
+                                Values(rank, turn).fill(tensor)
+                                release.wait(how.timeout_s)
+                                began = time.monotonic()
+                                got, receipt = session.average_values(given, weight, how.timeout_s, copy=False)
+                                ended = time.monotonic()
+                                tensor = got["x"].view(np.float32)
+                            else:
+                                Values(rank, turn).fill(tensor)
+                                release.wait(how.timeout_s)
+                                began = time.monotonic()
+                                receipt = session.average(weight, how.timeout_s)
+                                ended = time.monotonic()
                             link.send(Step(began, ended, receipt, zlib.crc32(tensor.view(np.uint8).data)))
                         case Check(turn=turn, weights=weights):
-                            exact = mean(turn, weights, elements)
-                            link.send(float(np.abs(tensor - exact).max() / np.abs(exact).max()))
+                            link.send(_error(tensor, turn, weights, [(0, len(tensor))]))
                         case CheckSpans(turn=turn, spans=spans):
-                            found = 0.0
-                            for ranks in {each for _, _, each in spans}:
-                                exact = mean(turn, dict.fromkeys(ranks, 1.0), elements)
-                                for start, stop, each in spans:
-                                    if each == ranks:
-                                        found = max(found, float(np.abs(tensor[start:stop] - exact[start:stop]).max()))
-                            link.send(found / float(np.abs(exact).max()))
+                            by_ranks: dict[frozenset[int], list[tuple[int, int]]] = {}
+                            for start, stop, ranks in spans:
+                                by_ranks.setdefault(ranks, []).append((start, stop))
+                            link.send(max(_error(tensor, turn, dict.fromkeys(r, 1.0), s) for r, s in by_ranks.items()))
         except moshpit_client.MoshpitError as error:
             link.send(Refused(str(error)))
+
+
+def _require_shared_memory(daemon: moshpit_client.Daemon, how: Training) -> None:
+    (session,) = (each for each in daemon.status().sessions if each.name == how.name)
+    if session.transport != "shared-memory":
+        raise moshpit_client.MoshpitError(f"no shared memory: {session.transport_why}")
+
+
+def _error(
+    tensor: npt.NDArray[np.float32], turn: int, weights: Mapping[int, float], spans: Sequence[tuple[int, int]]
+) -> float:
+    """How far the tensor is from the mean over these ranks within spans, relative to the mean's largest element."""
+    worst = largest = 0.0
+    for first, exact in means(turn, weights, len(tensor)):
+        largest = max(largest, float(np.abs(exact).max()))
+        off = np.abs(tensor[first : first + len(exact)] - exact)
+        for start, stop in spans:
+            part = off[max(0, start - first) : max(0, stop - first)]
+            worst = max(worst, float(part.max(initial=0.0)))
+    return worst / largest

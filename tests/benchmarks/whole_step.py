@@ -1,89 +1,62 @@
-"""A whole step, matching and data: 8 peers, 16 MB of float32, groups of 4, one round; beside hivemind's.
+"""A whole step, matching and data: 8 peers, 16 MB of float32, groups of 4, one round; beside hivemind's. And the
+exact mean of all 8, in two rounds of one averaging.
 
 Both are measured alike: every peer and every trainer has processes of its own, all are released at one moment, a step
-lasts until the last of them has its result. Blocks of both alternate in one run, so that whatever else the machine does
-falls on both; only one of the two is running at any time. A 2x4 grid with one round an averaging changes its axis every
-time: only the averagings in groups of 4 are compared.
+lasts until the last of them has its result. Ours uses whichever transport it takes by itself; neither copies values to
+and from arrays outside the memory it averages from (the local hop has a benchmark of its own). A 2x4 grid with one
+round an averaging changes its axis every time: only the averagings in groups of 4 are compared.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from dataclasses import asdict
 
-from tests.benchmarks import hivemind_environment
+from tests.benchmarks.contest import Ours, Way, contestants, take_turns
 from tests.benchmarks.figures import Figure, Goal, Measured
-from tests.benchmarks.hivemind_environment import HivemindUnavailable
-from tests.benchmarks.swarm import running, training
+from tests.benchmarks.rivals import HIVEMIND
 
 PEERS = 8
 GROUP_SIZE = 4
 MEGABYTES = 16.0
-BLOCKS, STEPS = 3, 6
-BLOCKS_QUICK, STEPS_QUICK = 1, 4
-"""Steps: in groups of 4, a block."""
-WARM_UP = 2
-TIMES_FASTER = 3.0
+TURNS, ROUNDS = 6, 3
+TURNS_QUICK = 2
+TIMES_FASTER = 5.0
+EXACT = "moshpitd exact"
 
 
 def measure(*, quick: bool) -> Measured:
     """Ours alone, and said so, where hivemind cannot be installed."""
-    blocks, steps = (BLOCKS_QUICK, STEPS_QUICK) if quick else (BLOCKS, STEPS)
-    missing: list[str] = []
-    environment = None
-    try:
-        environment = hivemind_environment.make_environment()
-    except HivemindUnavailable as error:
-        missing.append(f"hivemind: {error}")
-    ours: dict[int, list[float]] = defaultdict(list)
-    parts: dict[str, list[float]] = defaultdict(list)
-    theirs: list[float] = []
-    versions = ""
-    for _ in range(blocks):
-        _measure_ours(steps, ours, parts)
-        if environment is None:
-            continue
+    way = Way(None)
+    with contestants(PEERS, (way,), (HIVEMIND,), group_size=GROUP_SIZE, flags=("--grid", "2x4")) as (found, missing):
+        (one_round,) = (each for each in found if isinstance(each, Ours))
+        exact = one_round.beside(EXACT, rounds=None)
         try:
-            report = hivemind_environment.measure(
-                environment, peers=PEERS, group_size=GROUP_SIZE, megabytes=MEGABYTES, rounds=steps
+            samples, dropped = take_turns(
+                [*found, exact], MEGABYTES, turns=TURNS_QUICK if quick else TURNS, rounds=ROUNDS
             )
-        except HivemindUnavailable as error:
-            missing.append(f"hivemind: {error}")
-            environment = None
-            continue
-        versions = f"hivemind {report.hivemind}, torch {report.torch}"
-        theirs += [round_.seconds for round_ in report.whole_rounds()]
-    mine = statistics.median(ours[GROUP_SIZE])
-    figures = []
-    if theirs:
-        other = statistics.median(theirs)
-        note = f"median of {len(ours[GROUP_SIZE])} steps in groups of {GROUP_SIZE} against {len(theirs)}, {versions}"
+        finally:
+            exact.close()
+    whole = {name: [each.whole_s for each in its] for name, its in samples.items()}
+    ours = statistics.median(whole[way.name])
+    figures: list[Figure] = []
+    if HIVEMIND.name in whole:
+        theirs = statistics.median(whole[HIVEMIND.name])
+        note = f"median of {len(whole[way.name])} steps in groups of {GROUP_SIZE} against {len(whole[HIVEMIND.name])}"
         name = "whole step, times faster than hivemind"
-        figures.append(Figure("whole_step", name, other / mine, "x", Goal.AT_LEAST, TIMES_FASTER, note))
-        figures.append(Figure("whole_step", "hivemind: median of a step", other, "s"))
-    spread = f"{min(ours[GROUP_SIZE]):.3f} to {max(ours[GROUP_SIZE]):.3f}"
-    figures.append(Figure("whole_step", "moshpitd: median of a step", mine, "s", note=spread))
-    figures += [
-        Figure("whole_step", f"moshpitd: {name}, median", statistics.median(samples), "s")
-        for name, samples in parts.items()
-    ]
-    return Measured(tuple(figures), {"moshpitd_s": ours, "parts_s": parts, "hivemind_s": theirs}, tuple(missing))
-
-
-def _measure_ours(steps: int, seconds: dict[int, list[float]], parts: dict[str, list[float]]) -> None:
-    """One block: by size of group the seconds of each step; for groups of 4 also what the receipts say of them."""
-    elements = int(MEGABYTES * 1e6) // 4
-    with running(PEERS, "--grid", "2x4") as swarm, training(swarm, elements=elements, rounds=1) as trainers:
-        for turn in range(WARM_UP + 2 * steps):
-            taken = trainers.step()
-            trainers.check_groups(taken)
-            if turn < WARM_UP:
-                continue
-            (size,) = {len(step.receipt.rounds[0].members) for step in taken}
-            seconds[size].append(max(step.ended for step in taken) - min(step.began for step in taken))
-            if size == GROUP_SIZE:
-                parts["matchmaking"] += [step.receipt.seconds.matchmaking for step in taken]
-                parts["reduce"] += [step.receipt.seconds.reduce for step in taken]
-                parts["trainer to daemon and back"] += [
-                    step.ended - step.began - step.receipt.seconds.total for step in taken
-                ]
+        figures.append(Figure("whole_step", name, theirs / ours, "x", Goal.AT_LEAST, TIMES_FASTER, note))
+        name = "exact mean of 8 in two rounds, times faster than two steps of hivemind"
+        figures.append(Figure("whole_step", name, 2 * theirs / statistics.median(whole[EXACT]), "x"))
+    for name, each in whole.items():
+        spread = f"{min(each):.3f} to {max(each):.3f}"
+        what = "exact mean of 8, two rounds" if name == EXACT else f"{name}: median of a step"
+        figures.append(Figure("whole_step", what, statistics.median(each), "s", note=spread))
+    for what, parts in (
+        ("matchmaking", [each.matchmaking_s for each in samples[way.name]]),
+        ("reduce", [each.data_s for each in samples[way.name]]),
+        ("trainer to daemon and back", [each.hop_s for each in samples[way.name]]),
+    ):
+        median = statistics.median(part for part in parts if part is not None)
+        figures.append(Figure("whole_step", f"moshpitd: {what}, slowest peer, median", median, "s"))
+    details = {name: [asdict(each) for each in its] for name, its in samples.items()}
+    return Measured(tuple(figures), {"samples": details}, tuple(missing + dropped))
