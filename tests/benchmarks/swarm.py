@@ -162,7 +162,7 @@ class Daemon:
     def failure(self, why: str) -> SwarmFailed:
         """An error that shows the end of its log."""
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-        return SwarmFailed("\n".join([f"daemon {self.socket.parent.name} {why}; its log ends:", *lines]))
+        return SwarmFailed("\n".join([f"daemon {self.log.parent.name} {why}; its log ends:", *lines]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,8 +483,9 @@ def _train(
 
 def _require_shared_memory(daemon: moshpit_client.Daemon, how: Training) -> None:
     (session,) = (each for each in daemon.status().sessions if each.name == how.name)
-    if session.transport != "shared-memory":
-        raise moshpit_client.MoshpitError(f"no shared memory: {session.transport_why}")
+    (trainer,) = session.trainers
+    if trainer.transport != "shared-memory":
+        raise moshpit_client.MoshpitError(f"no shared memory: {trainer.transport_why}")
 
 
 def _error(
