@@ -19,6 +19,7 @@ from typing import assert_never
 
 from moshpitd.averaging.all_reduce import Outgoing
 from moshpitd.averaging.announcements import Roster
+from moshpitd.averaging.compute_budget import BudgetOptions
 from moshpitd.averaging.effects import (
     Announce,
     CloseStreams,
@@ -46,7 +47,7 @@ from moshpitd.averaging.errors import (
 from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.messages import Address, Chunk, Message, Record, Sighting
 from moshpitd.averaging.names import GroupId, Key, PeerId, Rank, short
-from moshpitd.averaging.receipt import Receipt
+from moshpitd.averaging.receipt import BudgetLine, Receipt
 from moshpitd.averaging.session import Call, Session, SessionConfig, SessionOptions, SessionStatus, Whereabouts
 from moshpitd.averaging.vector import Vector
 from moshpitd.directory import Directory, DirectoryError
@@ -213,6 +214,16 @@ class Driver:
         running.feed(running.machine.close)
         running.stop()
         self._by_key.pop(running.machine.key, None)
+
+    def set_budget(self, session_id: str, options: BudgetOptions) -> BudgetLine:
+        """Give the session a compute budget, or change it; what its next step goes by."""
+        running = self._running.get(session_id)
+        if running is None:
+            raise SessionNotFound(f"no session {session_id!r}: open one first (the daemon may have been restarted)")
+        running.feed(partial(running.machine.set_budget, options))
+        line = running.machine.status(asyncio.get_running_loop().time()).budget
+        assert line is not None
+        return line
 
     async def average(
         self,

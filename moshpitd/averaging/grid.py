@@ -31,6 +31,8 @@ WEIGHT_MAX = 1e30
 """Of a trainer. Sums of weights stay finite."""
 CARRIED_WEIGHT_MAX = 1e3 * WEIGHT_MAX
 AXES_MAX = 12
+UNDECIDED = "not said yet"
+"""The normalise of a session that meets nobody yet. Its lease has no terms, and differs from nobody's."""
 OVERFULL = 1.25
 """A group with doubled cells may pass the size limit by this factor."""
 FIRST_K_LEAD = 2

@@ -169,6 +169,16 @@ class Membership:
         (self._aside if counts else self._others).pop(known.peer, None)
         (self._others if counts else self._aside)[known.peer] = known
 
+    def change_terms(self, terms: Terms) -> None:
+        """Ours are others now: so are those who count, and no plan holds any more."""
+        self._terms = terms.digest
+        for known in [*self._others.values(), *self._aside.values()]:
+            self._place(known)
+        self._plans.clear()
+        self._plans_seen_at.clear()
+        self._claims.clear()
+        self._told += 1
+
     def expire(self, now: float) -> None:
         for known in [k for there in (self._others, self._aside) for k in there.values() if k.expires_at <= now]:
             self._crowd += known.peer in self._others
@@ -250,7 +260,7 @@ class Membership:
 
     def majority_against_us(self) -> PeerId | None:
         """Somebody whose terms most live sessions share, when ours are not among them; the later joiner loses a tie."""
-        strangers = [known for peer, known in self._aside.items() if peer not in self._suspects]
+        strangers = [known for peer, known in self._aside.items() if peer not in self._suspects and known.record.terms]
         if not strangers:
             return None
         camps = Counter(known.record.terms for known in strangers)

@@ -78,6 +78,48 @@ class Sighting(Generic[R_co]):
     record: R_co
 
 
+# ---- compute budgets
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Budget:
+    """What steps go by: after `tau_s` no micro-batch begins. Of two the larger one counts, field by field: the newer,
+    then the one found from more. The default is none."""
+
+    k: int = 0
+    """It was found for the averagings from here on."""
+    tables: int = 0
+    """From the latencies of so many peers."""
+    tau_s: float = 0.0
+    speedup: float = 0.0
+    """Expected: micro-batches in a second, against those without a budget."""
+    drop_rate: float = 0.0
+    """Expected: the share of the micro-batches that is dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """How long the micro-batches of one peer took, step by step, while nothing was dropped."""
+
+    peer: PeerId
+    steps: tuple[int, ...]
+    """The averagings that those steps ended in, ascending."""
+    seconds: tuple[float, ...]
+    """Step by step, M for each."""
+    exchange_s: tuple[float, ...]
+    """For each step how long its averaging took, from this trainer's call; 0: not known (yet)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latencies:
+    """What the sender knows of everybody's latencies. Told to the members of each group once a window has ended; over
+    a grid it reaches everybody when every axis had its turn."""
+
+    window: int
+    """The last averaging of the window in which they were measured."""
+    tables: tuple[Table, ...]
+
+
 # ---- groups
 
 
@@ -96,6 +138,8 @@ class Member:
     down_bytes_s: float = 0.0
     bulk_port: int = 0
     """See Lease."""
+    budget: Budget = Budget()
+    """What its steps go by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,7 +444,7 @@ class Stranger:
 
 MatchmakingMessage = Hail | Coming | Join | Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound
 ReductionMessage = Ready | Suspect | View | Holdings | Heartbeat
-SessionMessage = PlanWanted | PlanNotice | TermsWanted | TermsNotice | Farewell
+SessionMessage = PlanWanted | PlanNotice | TermsWanted | TermsNotice | Farewell | Latencies
 CohortMessage = Activation | Contributing | Outcast | Stranger
 Message = MatchmakingMessage | ReductionMessage | SessionMessage | CohortMessage
 

@@ -127,6 +127,35 @@ class LocalLine:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetLine:
+    """A session's compute budget after an averaging, and what came of it."""
+
+    micro_batches: int
+    """M: of a whole step."""
+    normalise: str
+    """fixed or computed; empty while the trainer has not said."""
+    completed: int
+    """Of this averaging's step."""
+    tau_s: float
+    """For the next step: after it no micro-batch begins. 0: none."""
+    state: str
+    """Why tau is what it is, in words."""
+    k: int
+    """The averaging from which the swarm's tau holds; 0 while there is none."""
+    tables: int
+    """The peers from whose latencies it was found."""
+    expected_speedup: float
+    """By the rule; 0 while there is no tau of the swarm."""
+    expected_drop_rate: float
+    speedup: float
+    """Seen here: micro-batches in a second with a tau against without; 0 while either is missing."""
+    drop_rate: float
+    """Seen here: the share of our own micro-batches dropped since there is a tau."""
+    note: str
+    """In whom the group's members differed, in words; empty when they did not."""
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """One averaging of one trainer."""
 
@@ -153,3 +182,5 @@ class Receipt:
     local: LocalLine
     version: VersionReceipt | None = None
     """Of a wait-avoiding session only."""
+    budget: BudgetLine | None = None
+    """Of a session with a compute budget."""

@@ -28,6 +28,7 @@ from moshpitd.averaging.all_reduce import AllReduce, AllReduceConfig, Outgoing
 from moshpitd.averaging.all_reduce import State as ReductionState
 from moshpitd.averaging.codecs import codec_named
 from moshpitd.averaging.cohort import CohortConfig, CohortStatus, WaitAvoidance
+from moshpitd.averaging.compute_budget import SECONDS_MAX, BudgetKeeper, BudgetOptions
 from moshpitd.averaging.effects import Announce, Effect, Failed, Finished, Log, LookUp, Progress, Send, Withdraw
 from moshpitd.averaging.errors import (
     InvalidInput,
@@ -37,7 +38,17 @@ from moshpitd.averaging.errors import (
     SessionError,
     Unavailable,
 )
-from moshpitd.averaging.grid import IN_STEP, WEIGHT_MAX, Cell, Plan, Terms, carried_weight, grid_key, session_key
+from moshpitd.averaging.grid import (
+    IN_STEP,
+    UNDECIDED,
+    WEIGHT_MAX,
+    Cell,
+    Plan,
+    Terms,
+    carried_weight,
+    grid_key,
+    session_key,
+)
 from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.matchmaking import (
     HAILED,
@@ -67,6 +78,7 @@ from moshpitd.averaging.messages import (
     Holdings,
     Join,
     Kept,
+    Latencies,
     Lease,
     Leave,
     Member,
@@ -88,7 +100,16 @@ from moshpitd.averaging.messages import (
     View,
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
-from moshpitd.averaging.receipt import DroppedLine, LinkLine, LocalLine, MemberLine, Outcome, Receipt, RoundReceipt
+from moshpitd.averaging.receipt import (
+    BudgetLine,
+    DroppedLine,
+    LinkLine,
+    LocalLine,
+    MemberLine,
+    Outcome,
+    Receipt,
+    RoundReceipt,
+)
 from moshpitd.averaging.vector import Layout, Vector
 
 NAME_DEFAULT = "default"
@@ -153,6 +174,8 @@ class Call:
     """Meet only peers with the same number; None = the newest open averaging."""
     trainers: int = 1
     """Of this daemon, whose values these are the mean of; the weight is their sum."""
+    micro_batch_s: tuple[float, ...] = ()
+    """With a compute budget: how long each completed micro-batch of this step took. The weight is that of one."""
 
     def check(self) -> None:
         """Raises InvalidInput that names what is wrong."""
@@ -162,6 +185,11 @@ class Call:
             raise InvalidInput(f"timeout {self.timeout_s}: must be a positive number of seconds")
         if self.epoch is not None and not 0 <= self.epoch < 1 << 62:
             raise InvalidInput(f"epoch {self.epoch}: must be 0 or more")
+        for number, seconds in enumerate(self.micro_batch_s):
+            if not 0 <= seconds <= SECONDS_MAX:
+                raise InvalidInput(
+                    f"latency {seconds} of micro-batch {number}: must be seconds, from 0 to {SECONDS_MAX:g}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +249,8 @@ class SessionStatus:
     """Ended averagings by outcome: complete, partial, alone, failed."""
     cohort: CohortStatus | None = None
     """Of a wait-avoiding session."""
+    budget: BudgetLine | None = None
+    """Of a session that has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,9 +378,28 @@ class Session:
         """The averaging in which we told the next decider whom the plan has lost."""
         self._effects: list[Effect] = []
         self._presence_key: Key | None = None
+        self._budget: BudgetKeeper | None = None
         self._announce_lease(now)
 
     # ---- commands
+
+    def set_budget(self, options: BudgetOptions, now: float) -> None:
+        """Give the session a compute budget, or change it. Raises InvalidInput and, while an averaging is under way,
+        Precondition."""
+        options.check()  # of a wait-avoiding session: options.check(averaging=self.options.averaging)
+        if self._current is not None:
+            raise Precondition("an averaging of this session is under way: set the compute budget before or after it")
+        if self._budget is None:
+            self._budget = BudgetKeeper(self._here.peer, options)
+        else:
+            self._budget.change(options)
+        terms = replace(self.terms, normalise=options.term or UNDECIDED)
+        if terms != self.terms and self.state is not State.CLOSED:
+            self.terms = terms
+            self._members.change_terms(terms)
+            self._matchmakings.clear()
+            self._deferred.clear()
+            self._announce_lease(now)
 
     def start(self, call: Call, vector: Vector, now: float, *, spares: Sequence[Vector] = ()) -> None:
         """Begin an averaging of the vector, which is ours and stays as it is until Finished or Failed. Results go into
@@ -360,6 +409,7 @@ class Session:
             raise Unavailable("the session is closed")
         if self._current is not None:
             raise Precondition("an averaging of this session is still under way: await it first")
+        call = self._weighed(call, now)
         assert vector.layout == self.options.layout
         k = self._choose_k(call)
         self._periods_s.append(now - self._started_at)
@@ -380,6 +430,18 @@ class Session:
         for matchmaking in self._matchmakings.values():
             self._refresh(matchmaking, now)
         self._step(now)
+
+    def _weighed(self, call: Call, now: float) -> Call:
+        """With a compute budget: what this step weighs."""
+        if self._budget is None:
+            if call.micro_batch_s:
+                raise InvalidInput("latencies of micro-batches without a compute budget: give the session one first")
+            return call
+        if self.terms.normalise == UNDECIDED:
+            self.set_budget(replace(self._budget.options, normalise="fixed"), now)
+        weighed = replace(call, weight=call.weight * self._budget.start(call.micro_batch_s))
+        weighed.check()
+        return weighed
 
     def abandon(self, now: float) -> None:
         """The trainer is gone. A closed group is served to its end, for the others; anything before is left."""
@@ -442,7 +504,8 @@ class Session:
             case PlanNotice():
                 self._adopt(message, sender, now)
             case TermsWanted():
-                self._tell(sender, "", self._terms_notice())
+                if self.terms.normalise != UNDECIDED:
+                    self._tell(sender, "", self._terms_notice())
             case TermsNotice():
                 self._compare_terms(message, sender)
             case Farewell():
@@ -450,6 +513,9 @@ class Session:
                 self._peer_out(sender, "left the swarm", now)
             case Activation() | Contributing() | Outcast() | Stranger():
                 return  # of a cohort, which only a wait-avoiding session has
+            case Latencies():
+                if self._budget is not None:
+                    self._budget.receive(message, self._current.k if self._current else self._next_k)
             case _:
                 assert_never(message)
         self._step(now)
@@ -569,6 +635,7 @@ class Session:
             self._members.cell(plan, self._next_k) if plan else (),
             self._members.live_count(),
             dict(self.outcomes),
+            self._budget_line(),
         )
 
     def load(self) -> Load:
@@ -858,7 +925,7 @@ class Session:
 
     def _member(self, coordinate: int, weight: float) -> Member:
         here, link = self._here, self._link
-        return Member(
+        member = Member(
             here.peer,
             here.incarnation,
             coordinate,
@@ -869,6 +936,7 @@ class Session:
             link.down_bytes_s,
             bulk_port=here.bulk_port,
         )
+        return replace(member, budget=self._budget.budget) if self._budget else member
 
     def _matchmaking(self, plan: Plan, k: int, j: int, axis: int, cell: Cell) -> Matchmaking:
         key = grid_key(self._here.swarm, self.terms.digest, plan, k=k, j=j, axis=axis, cell=cell)
@@ -1130,6 +1198,7 @@ class Session:
         self._met_at_k = max(self._met_at_k, group.now_k)
         for absent in group.absent:
             self._members.missed(absent.peer)
+        self._tell_latencies(group)
         if len(self._reductions) >= REDUCTIONS_MAX:
             self._reductions.pop(next(iter(self._reductions)))
         spare = current.spares.pop() if current.spares else Vector.empty(self.options.layout)
@@ -1149,6 +1218,22 @@ class Session:
         self._reductions[group.group_id] = current.reduction
         self._replay_early(current.reduction, now)
         self._look_at_reduction(now)
+
+    def _tell_latencies(self, group: Group) -> None:
+        """As soon as the group is known: before our Ready, so that whoever commits has them."""
+        if self._budget is not None:
+            told = self._budget.group_formed(group.k, group.members, turns=self._turns())
+            for member in group.members:
+                if member.peer != self._here.peer:
+                    for latencies in told:
+                        self._tell(member.peer, member.address, latencies)
+
+    def _turns(self) -> int:
+        """Averagings in which every axis has its turn."""
+        assert self._current is not None
+        assert self._current.plan is not None
+        plan = self._current.plan
+        return math.ceil(len(plan.sides) / self._rounds_planned(plan))
 
     _spare_in_use: Vector | None = None
 
@@ -1319,6 +1404,12 @@ class Session:
         elif newest and newest.plan.first_k > self._next_k and self._members.live_count() > 1:
             # Nobody of our lines is left, so k stands still here: meet the others where the next plan begins.
             self._next_k = newest.plan.first_k
+        if self._budget is not None:
+            if receipt.outcome is Outcome.ALONE:
+                self._budget.interrupted()
+            else:
+                self._budget.averaged(current.k, turns=self._turns(), exchange_s=receipt.seconds_total, now=now)
+            receipt = replace(receipt, budget=self._budget_line())
         self._result = current.values
         self._current = None
         self._early.clear()
@@ -1335,7 +1426,12 @@ class Session:
         self._make_plan_if_due(now)
         self._announce_next_presence()
 
+    def _budget_line(self) -> BudgetLine | None:
+        return self._budget.line(self._next_k) if self._budget else None
+
     def _fail(self, error: SessionError) -> None:
+        if self._budget is not None:
+            self._budget.interrupted()
         self._current = None
         self._early.clear()
         self._become(State.IDLE)
@@ -1419,7 +1515,7 @@ class Session:
         plan = self._plan_in_force() or (newest.plan if newest else None)
         claim, claim_k = self._members.claim_under(plan, k) if plan else ((), 0)
         lease = Lease(
-            terms=self.terms.digest,
+            terms=b"" if self.terms.normalise == UNDECIDED else self.terms.digest,
             address=self._here.address,
             dialable=self._here.dialable,
             k=k,

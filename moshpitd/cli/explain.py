@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 
 from moshpitd.averaging.names import PeerId, short
-from moshpitd.cli.forms import OUTCOMES
-from moshpitd.cli.tables import amount
+from moshpitd.cli.forms import NORMALISATIONS, OUTCOMES
+from moshpitd.cli.tables import amount, budget
 from moshpitd.local.v1 import daemon_pb2 as pb
 
 
@@ -49,6 +49,13 @@ def _averaging(receipt: pb.Receipt) -> Iterator[str]:
         )
     if receipt.joined:
         yield "This peer was new, so it gave no weight and received the swarm's mean."
+    if receipt.HasField("budget"):
+        line = receipt.budget
+        yield (
+            f"Its step completed {line.completed} of {line.micro_batches} micro-batches, normalised as "
+            f"{NORMALISATIONS[line.normalise]}. The next step's compute budget: {budget(line)}."
+            + (f" {line.note}." if line.note else "")
+        )
     seconds = receipt.seconds
     yield (
         f"It took {seconds.total:.3f} s: {seconds.matchmaking:.3f} s to find the groups, {seconds.reduce:.3f} s to "

@@ -17,6 +17,11 @@ OUTCOMES = {
     pb.OUTCOME_ALONE: "alone",
     pb.OUTCOME_UNSPECIFIED: "unknown",
 }
+NORMALISATIONS = {
+    pb.NORMALISE_FIXED: "fixed",
+    pb.NORMALISE_COMPUTED: "computed",
+    pb.NORMALISE_UNSPECIFIED: "",
+}
 
 
 def status(message: pb.GetStatusResponse) -> Json:
@@ -55,6 +60,7 @@ def status(message: pb.GetStatusResponse) -> Json:
                     }
                     for trainer in session.trainers
                 ],
+                "budget": budget(session.budget) if session.HasField("budget") else None,
             }
             for session in message.sessions
         ],
@@ -98,6 +104,24 @@ def receipt(message: pb.Receipt) -> Json:
         "seconds": _seconds(message.seconds),
         "bytes": _traffic(message.bytes),
         "rounds": [_round(round_) for round_ in message.rounds],
+        "budget": budget(message.budget) if message.HasField("budget") else None,
+    }
+
+
+def budget(message: pb.ComputeBudget) -> Json:
+    return {
+        "micro_batches": message.micro_batches,
+        "normalise": NORMALISATIONS[message.normalise],
+        "completed": message.completed,
+        "tau_seconds": message.tau_seconds,
+        "state": message.state,
+        "epoch": message.epoch,
+        "tables": message.tables,
+        "expected_speedup": message.expected_speedup,
+        "expected_drop_rate": message.expected_drop_rate,
+        "speedup": message.speedup,
+        "drop_rate": message.drop_rate,
+        "note": message.note,
     }
 
 

@@ -48,6 +48,24 @@ def status(message: pb.GetStatusResponse) -> None:
                 ", ".join(f"{count} {name}" for name, count in sorted(session.averagings.items()) if count) or "-",
             )
         console.print(table)
+        for session in message.sessions:
+            if session.HasField("budget"):
+                console.print(
+                    f"compute budget of {escape(session.name)}: {escape(budget(session.budget))}", soft_wrap=True
+                )
+
+
+def budget(message: pb.ComputeBudget) -> str:
+    """A compute budget in words."""
+    tau = f"tau {message.tau_seconds * 1e3:.4g} ms" if message.tau_seconds else "no tau"
+    found = (
+        f"; found from {message.tables} peers, expected {message.expected_speedup:.3f} times as fast with "
+        f"{message.expected_drop_rate:.1%} dropped"
+        if message.tables
+        else ""
+    )
+    seen = f"; here {message.speedup:.3f} times as fast" if message.speedup else ""
+    return f"{tau}, {message.state}{found}{seen}; {message.drop_rate:.1%} dropped here"
 
 
 def _trainers(trainers: Sequence[pb.TrainerStatus]) -> str:

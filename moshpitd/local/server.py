@@ -250,6 +250,16 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
             session.closed.set()
         return pb.CloseSessionResponse()
 
+    async def SetComputeBudget(
+        self,
+        request: pb.SetComputeBudgetRequest,
+        context: grpc.aio.ServicerContext[pb.SetComputeBudgetRequest, pb.SetComputeBudgetResponse],
+    ) -> pb.SetComputeBudgetResponse:
+        async with Answering(context):
+            session = self._session(request.session_id)
+            line = self._driver.set_budget(session.session_id, translate.budget_options(request))
+            return pb.SetComputeBudgetResponse(budget=translate.budget_message(line))
+
     async def Average(self, _requests: object, context: AverageContext) -> None:  # type: ignore[override]
         async with Answering(context):
             await self._serve_average(context)

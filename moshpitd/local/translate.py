@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from moshpitd.averaging.compute_budget import LEARN_DEFAULT, WARM_UP_DEFAULT, BudgetOptions
 from moshpitd.averaging.errors import InvalidInput
-from moshpitd.averaging.receipt import Outcome, Receipt, RoundReceipt
+from moshpitd.averaging.receipt import BudgetLine, Outcome, Receipt, RoundReceipt
 from moshpitd.averaging.session import (
     LONELY_WAIT_DEFAULT_S,
     NAME_DEFAULT,
@@ -42,6 +43,14 @@ _OUTCOMES = {
     Outcome.PARTIAL: pb.OUTCOME_PARTIAL,
     Outcome.ALONE: pb.OUTCOME_ALONE,
 }
+
+
+_NORMALISATIONS = {
+    pb.NORMALISE_UNSPECIFIED: "",
+    pb.NORMALISE_FIXED: "fixed",
+    pb.NORMALISE_COMPUTED: "computed",
+}
+_NORMALISE_NUMBERS = {name: number for number, name in _NORMALISATIONS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +170,47 @@ def average_call(start: pb.AverageStart) -> Call:
         weight=start.weight if start.HasField("weight") else 1.0,
         timeout_s=start.timeout_seconds if start.HasField("timeout_seconds") else TIMEOUT_DEFAULT_S,
         epoch=start.epoch if start.HasField("epoch") else None,
+        micro_batch_s=tuple(start.micro_batch_seconds),
     )
     call.check()
     return call
+
+
+def budget_options(request: pb.SetComputeBudgetRequest) -> BudgetOptions:
+    """Raises InvalidInput."""
+    if request.normalise not in _NORMALISATIONS:
+        raise InvalidInput(f"normalise {request.normalise} is unknown: give fixed or computed")
+    options = BudgetOptions(
+        micro_batches=request.micro_batches,
+        normalise=_NORMALISATIONS[request.normalise],
+        tau_s=request.tau_seconds if request.HasField("tau_seconds") else None,
+        off=request.off,
+        warm_up=request.warm_up if request.HasField("warm_up") else WARM_UP_DEFAULT,
+        learn=request.learn if request.HasField("learn") else LEARN_DEFAULT,
+        refresh_every=request.refresh_every,
+    )
+    options.check()
+    return options
+
+
+def budget_message(line: BudgetLine | None) -> pb.ComputeBudget | None:
+    """None, which protobuf takes for a field that is not set, of a session without one."""
+    if line is None:
+        return None
+    return pb.ComputeBudget(
+        micro_batches=line.micro_batches,
+        normalise=_NORMALISE_NUMBERS[line.normalise],
+        tau_seconds=line.tau_s,
+        state=line.state,
+        epoch=line.k,
+        tables=line.tables,
+        expected_speedup=line.expected_speedup,
+        expected_drop_rate=line.expected_drop_rate,
+        speedup=line.speedup,
+        drop_rate=line.drop_rate,
+        completed=line.completed,
+        note=line.note,
+    )
 
 
 def receipt_message(session: str, receipt: Receipt) -> pb.Receipt:
@@ -183,6 +230,7 @@ def receipt_message(session: str, receipt: Receipt) -> pb.Receipt:
         rounds=map(_round_message, receipt.rounds),
         session=session,
         local=pb.Local(trainers=receipt.local.trainers, weight=receipt.local.weight),
+        budget=budget_message(receipt.budget),
     )
 
 
@@ -266,6 +314,7 @@ def _session_message(line: HouseholdLine, hops: Mapping[str, LocalHop]) -> pb.Se
         vector_bytes=line.options.layout.byte_size,
         averagings=line.status.averagings,
         codec=line.options.codec,
+        budget=budget_message(line.status.budget),
         trainers=[_trainer_message(trainer, hops.get(trainer.session_id, _NO_HOP)) for trainer in line.trainers],
     )
 

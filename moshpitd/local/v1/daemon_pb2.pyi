@@ -92,6 +92,30 @@ JOINING_CONTRIBUTE: Joining.ValueType  # 2
 """The newcomer's values count at once."""
 Global___Joining: _TypeAlias = Joining  # noqa: Y015
 
+class _Normalise:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NormaliseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Normalise.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NORMALISE_UNSPECIFIED: _Normalise.ValueType  # 0
+    """Not said yet. Such a session meets nobody; its first averaging makes it fixed."""
+    NORMALISE_FIXED: _Normalise.ValueType  # 1
+    """Like zeros. The trainer gives the sum over the micro-batches it completed, divided by M; all weigh the same."""
+    NORMALISE_COMPUTED: _Normalise.ValueType  # 2
+    """Like nothing. The trainer gives the mean over the micro-batches it completed; each peer weighs as many as those."""
+
+class Normalise(_Normalise, metaclass=_NormaliseEnumTypeWrapper):
+    """What a dropped micro-batch means to the mean. It is one of the terms: who differs is refused by name."""
+
+NORMALISE_UNSPECIFIED: Normalise.ValueType  # 0
+"""Not said yet. Such a session meets nobody; its first averaging makes it fixed."""
+NORMALISE_FIXED: Normalise.ValueType  # 1
+"""Like zeros. The trainer gives the sum over the micro-batches it completed, divided by M; all weigh the same."""
+NORMALISE_COMPUTED: Normalise.ValueType  # 2
+"""Like nothing. The trainer gives the mean over the micro-batches it completed; each peer weighs as many as those."""
+Global___Normalise: _TypeAlias = Normalise  # noqa: Y015
+
 class _Outcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -377,6 +401,160 @@ class CloseSessionResponse(_message.Message):
 Global___CloseSessionResponse: _TypeAlias = CloseSessionResponse  # noqa: Y015
 
 @_typing.final
+class SetComputeBudgetRequest(_message.Message):
+    """Gives a session a compute budget: its trainer accumulates M micro-batches a step, begins none once `tau` seconds of the
+    step are over, and averages. It tells each averaging how long its micro-batches took; from those of all peers the
+    swarm finds tau.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    MICRO_BATCHES_FIELD_NUMBER: _builtins.int
+    NORMALISE_FIELD_NUMBER: _builtins.int
+    TAU_SECONDS_FIELD_NUMBER: _builtins.int
+    OFF_FIELD_NUMBER: _builtins.int
+    WARM_UP_FIELD_NUMBER: _builtins.int
+    LEARN_FIELD_NUMBER: _builtins.int
+    REFRESH_EVERY_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """From OpenSessionResponse."""
+    micro_batches: _builtins.int
+    """M: of a whole step, 1 to 256. One of the terms."""
+    normalise: Global___Normalise.ValueType
+    """What a dropped one means."""
+    tau_seconds: _builtins.float
+    """Tau by hand, above 0, in seconds. Unset: the swarm finds it."""
+    off: _builtins.bool
+    """Never drop; still weigh by what was completed, and let the others know how long it took."""
+    warm_up: _builtins.int
+    """Steps at the beginning that are not measured. Unset means 5. One of the terms."""
+    learn: _builtins.int
+    """Steps after them that are measured, 2 to 64; in them nothing is dropped. Unset means 45. One of the terms."""
+    refresh_every: _builtins.int
+    """Measure anew every so many averagings, at least `warm_up` and `learn` together; 0: never."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        micro_batches: _builtins.int = ...,
+        normalise: Global___Normalise.ValueType = ...,
+        tau_seconds: _builtins.float | None = ...,
+        off: _builtins.bool = ...,
+        warm_up: _builtins.int | None = ...,
+        learn: _builtins.int | None = ...,
+        refresh_every: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_learn", b"_learn", "_tau_seconds", b"_tau_seconds", "_warm_up", b"_warm_up", "learn", b"learn", "tau_seconds", b"tau_seconds", "warm_up", b"warm_up"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learn", b"_learn", "_tau_seconds", b"_tau_seconds", "_warm_up", b"_warm_up", "learn", b"learn", "micro_batches", b"micro_batches", "normalise", b"normalise", "off", b"off", "refresh_every", b"refresh_every", "session_id", b"session_id", "tau_seconds", b"tau_seconds", "warm_up", b"warm_up"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__learn: _TypeAlias = _typing.Literal["learn"]  # noqa: Y015
+    _WhichOneofArgType__learn: _TypeAlias = _typing.Literal["_learn", b"_learn"]  # noqa: Y015
+    _WhichOneofReturnType__tau_seconds: _TypeAlias = _typing.Literal["tau_seconds"]  # noqa: Y015
+    _WhichOneofArgType__tau_seconds: _TypeAlias = _typing.Literal["_tau_seconds", b"_tau_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__warm_up: _TypeAlias = _typing.Literal["warm_up"]  # noqa: Y015
+    _WhichOneofArgType__warm_up: _TypeAlias = _typing.Literal["_warm_up", b"_warm_up"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learn) -> _WhichOneofReturnType__learn | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tau_seconds) -> _WhichOneofReturnType__tau_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warm_up) -> _WhichOneofReturnType__warm_up | None: ...
+
+Global___SetComputeBudgetRequest: _TypeAlias = SetComputeBudgetRequest  # noqa: Y015
+
+@_typing.final
+class SetComputeBudgetResponse(_message.Message):
+    """The budget is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def budget(self) -> Global___ComputeBudget:
+        """What the next step goes by."""
+
+    def __init__(
+        self,
+        *,
+        budget: Global___ComputeBudget | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetComputeBudgetResponse: _TypeAlias = SetComputeBudgetResponse  # noqa: Y015
+
+@_typing.final
+class ComputeBudget(_message.Message):
+    """A session's compute budget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MICRO_BATCHES_FIELD_NUMBER: _builtins.int
+    NORMALISE_FIELD_NUMBER: _builtins.int
+    TAU_SECONDS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
+    EXPECTED_SPEEDUP_FIELD_NUMBER: _builtins.int
+    EXPECTED_DROP_RATE_FIELD_NUMBER: _builtins.int
+    SPEEDUP_FIELD_NUMBER: _builtins.int
+    DROP_RATE_FIELD_NUMBER: _builtins.int
+    COMPLETED_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    micro_batches: _builtins.int
+    """M."""
+    normalise: Global___Normalise.ValueType
+    """What a dropped micro-batch means."""
+    tau_seconds: _builtins.float
+    """For the next step: once so many seconds of it are over no micro-batch begins. 0: none, compute them all."""
+    state: _builtins.str
+    """Why tau is what it is, in words."""
+    epoch: _builtins.int
+    """The averaging from which the swarm's tau holds; 0 while there is none."""
+    tables: _builtins.int
+    """The peers from whose latencies it was found."""
+    expected_speedup: _builtins.float
+    """Expected micro-batches in a second against those without a budget; 0 while there is no tau of the swarm."""
+    expected_drop_rate: _builtins.float
+    """Expected share of micro-batches that is dropped."""
+    speedup: _builtins.float
+    """The same as seen by this trainer since there is a tau; 0 while it cannot be told."""
+    drop_rate: _builtins.float
+    """The share of this trainer's own micro-batches dropped since there is a tau."""
+    completed: _builtins.int
+    """Completed in the step that was averaged last."""
+    note: _builtins.str
+    """In whom the members of the last groups differed, in words; empty when they did not."""
+    def __init__(
+        self,
+        *,
+        micro_batches: _builtins.int = ...,
+        normalise: Global___Normalise.ValueType = ...,
+        tau_seconds: _builtins.float = ...,
+        state: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        tables: _builtins.int = ...,
+        expected_speedup: _builtins.float = ...,
+        expected_drop_rate: _builtins.float = ...,
+        speedup: _builtins.float = ...,
+        drop_rate: _builtins.float = ...,
+        completed: _builtins.int = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed", b"completed", "drop_rate", b"drop_rate", "epoch", b"epoch", "expected_drop_rate", b"expected_drop_rate", "expected_speedup", b"expected_speedup", "micro_batches", b"micro_batches", "normalise", b"normalise", "note", b"note", "speedup", b"speedup", "state", b"state", "tables", b"tables", "tau_seconds", b"tau_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComputeBudget: _TypeAlias = ComputeBudget  # noqa: Y015
+
+@_typing.final
 class VectorChunk(_message.Message):
     """A part of the packed vector, at most 4 MiB; parts come in order and without gaps."""
 
@@ -413,6 +591,7 @@ class AverageStart(_message.Message):
     TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_SECONDS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """From OpenSessionResponse."""
     weight: _builtins.float
@@ -423,6 +602,12 @@ class AverageStart(_message.Message):
     """Meet only peers with the same epoch. Unset: the newest open averaging."""
     shared_memory: _builtins.bool
     """The values lie in the session's shared memory, attached before: no chunks follow, and none need to come back."""
+    @_builtins.property
+    def micro_batch_seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """With a compute budget, and only then: how long each completed micro-batch of this step took, in order, in seconds.
+        What the peer weighs is `weight` times their number (computed) or times M (fixed): give as weight what one counts.
+        """
+
     def __init__(
         self,
         *,
@@ -431,10 +616,11 @@ class AverageStart(_message.Message):
         timeout_seconds: _builtins.float | None = ...,
         epoch: _builtins.int | None = ...,
         shared_memory: _builtins.bool = ...,
+        micro_batch_seconds: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_timeout_seconds", b"_timeout_seconds", "_weight", b"_weight", "epoch", b"epoch", "timeout_seconds", b"timeout_seconds", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_timeout_seconds", b"_timeout_seconds", "_weight", b"_weight", "epoch", b"epoch", "session_id", b"session_id", "shared_memory", b"shared_memory", "timeout_seconds", b"timeout_seconds", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_timeout_seconds", b"_timeout_seconds", "_weight", b"_weight", "epoch", b"epoch", "micro_batch_seconds", b"micro_batch_seconds", "session_id", b"session_id", "shared_memory", b"shared_memory", "timeout_seconds", b"timeout_seconds", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
     _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
@@ -566,6 +752,7 @@ class Receipt(_message.Message):
     ROUNDS_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     LOCAL_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     outcome: Global___Outcome.ValueType
     """How it ended."""
     epoch: _builtins.int
@@ -602,6 +789,10 @@ class Receipt(_message.Message):
     def local(self) -> Global___Local:
         """Who stands behind this peer's contribution."""
 
+    @_builtins.property
+    def budget(self) -> Global___ComputeBudget:
+        """Of a session with a compute budget: what the next step goes by, and how this one went."""
+
     def __init__(
         self,
         *,
@@ -618,10 +809,11 @@ class Receipt(_message.Message):
         rounds: _abc.Iterable[Global___Round] | None = ...,
         session: _builtins.str = ...,
         local: Global___Local | None = ...,
+        budget: Global___ComputeBudget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "local", b"local", "seconds", b"seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "local", b"local", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "local", b"local", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "local", b"local", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1091,6 +1283,7 @@ class SessionStatus(_message.Message):
     AVERAGINGS_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     TRAINERS_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     state: _builtins.str
@@ -1119,6 +1312,10 @@ class SessionStatus(_message.Message):
     def trainers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainerStatus]:
         """Its trainers at this daemon, in the order in which they came."""
 
+    @_builtins.property
+    def budget(self) -> Global___ComputeBudget:
+        """If it has one."""
+
     def __init__(
         self,
         *,
@@ -1133,10 +1330,11 @@ class SessionStatus(_message.Message):
         averagings: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         codec: _builtins.str = ...,
         trainers: _abc.Iterable[Global___TrainerStatus] | None = ...,
+        budget: Global___ComputeBudget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "cell", b"cell", "codec", b"codec", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "budget", b"budget", "cell", b"cell", "codec", b"codec", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

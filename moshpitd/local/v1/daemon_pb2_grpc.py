@@ -55,6 +55,11 @@ class DaemonServiceStub(object):
                 request_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.AverageRequest.SerializeToString,
                 response_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.AverageResponse.FromString,
                 _registered_method=True)
+        self.SetComputeBudget = channel.unary_unary(
+                '/moshpitd.local.v1.DaemonService/SetComputeBudget',
+                request_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetRequest.SerializeToString,
+                response_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/moshpitd.local.v1.DaemonService/GetStatus',
                 request_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.GetStatusRequest.SerializeToString,
@@ -114,6 +119,14 @@ class DaemonServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetComputeBudget(self, request, context):
+        """Gives a session a compute budget, changes it, and says what steps go by. Best right after OpenSession; not while an
+        averaging is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """How the daemon is doing.
         """
@@ -164,6 +177,11 @@ def add_DaemonServiceServicer_to_server(servicer, server):
                     servicer.Average,
                     request_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.AverageRequest.FromString,
                     response_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.AverageResponse.SerializeToString,
+            ),
+            'SetComputeBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetComputeBudget,
+                    request_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetRequest.FromString,
+                    response_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -295,6 +313,33 @@ class DaemonService(object):
             '/moshpitd.local.v1.DaemonService/Average',
             moshpitd_dot_local_dot_v1_dot_daemon__pb2.AverageRequest.SerializeToString,
             moshpitd_dot_local_dot_v1_dot_daemon__pb2.AverageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetComputeBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moshpitd.local.v1.DaemonService/SetComputeBudget',
+            moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetRequest.SerializeToString,
+            moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetResponse.FromString,
             options,
             channel_credentials,
             insecure,

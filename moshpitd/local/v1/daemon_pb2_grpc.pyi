@@ -66,6 +66,10 @@ class DaemonServiceStub:
     result. A trainer applies the result only when all of it has arrived. With shared memory there are no chunks: see
     SharedMemory.
     """
+    SetComputeBudget: _grpc.UnaryUnaryMultiCallable[_daemon_pb2.SetComputeBudgetRequest, _daemon_pb2.SetComputeBudgetResponse]
+    """Gives a session a compute budget, changes it, and says what steps go by. Best right after OpenSession; not while an
+    averaging is under way.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_daemon_pb2.GetStatusRequest, _daemon_pb2.GetStatusResponse]
     """How the daemon is doing."""
     ListPeers: _grpc.UnaryUnaryMultiCallable[_daemon_pb2.ListPeersRequest, _daemon_pb2.ListPeersResponse]
@@ -95,6 +99,10 @@ class DaemonServiceAsyncStub(DaemonServiceStub):
     vector, and half-closes; the daemon streams `progress` while it waits, then one `receipt`, then `chunk`s of the
     result. A trainer applies the result only when all of it has arrived. With shared memory there are no chunks: see
     SharedMemory.
+    """
+    SetComputeBudget: _aio.UnaryUnaryMultiCallable[_daemon_pb2.SetComputeBudgetRequest, _daemon_pb2.SetComputeBudgetResponse]  # type: ignore[assignment]
+    """Gives a session a compute budget, changes it, and says what steps go by. Best right after OpenSession; not while an
+    averaging is under way.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_daemon_pb2.GetStatusRequest, _daemon_pb2.GetStatusResponse]  # type: ignore[assignment]
     """How the daemon is doing."""
@@ -146,6 +154,16 @@ class DaemonServiceServicer(metaclass=_abc_1.ABCMeta):
         vector, and half-closes; the daemon streams `progress` while it waits, then one `receipt`, then `chunk`s of the
         result. A trainer applies the result only when all of it has arrived. With shared memory there are no chunks: see
         SharedMemory.
+        """
+
+    @_abc_1.abstractmethod
+    def SetComputeBudget(
+        self,
+        request: _daemon_pb2.SetComputeBudgetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_daemon_pb2.SetComputeBudgetResponse, _abc.Awaitable[_daemon_pb2.SetComputeBudgetResponse]]:
+        """Gives a session a compute budget, changes it, and says what steps go by. Best right after OpenSession; not while an
+        averaging is under way.
         """
 
     @_abc_1.abstractmethod

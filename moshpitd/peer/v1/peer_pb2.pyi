@@ -272,6 +272,7 @@ class Envelope(_message.Message):
     CONTRIBUTING_FIELD_NUMBER: _builtins.int
     OUTCAST_FIELD_NUMBER: _builtins.int
     STRANGER_FIELD_NUMBER: _builtins.int
+    LATENCIES_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """The session's key: hash of swarm and session name, 20 bytes."""
     @_builtins.property
@@ -374,6 +375,10 @@ class Envelope(_message.Message):
     def stranger(self) -> Global___Stranger:
         """See Stranger."""
 
+    @_builtins.property
+    def latencies(self) -> Global___Latencies:
+        """See Latencies."""
+
     def __init__(
         self,
         *,
@@ -403,12 +408,13 @@ class Envelope(_message.Message):
         contributing: Global___Contributing | None = ...,
         outcast: Global___Outcast | None = ...,
         stranger: Global___Stranger | None = ...,
+        latencies: Global___Latencies | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "latencies", b"latencies", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "latencies", b"latencies", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell", "hail", "coming", "activation", "contributing", "outcast", "stranger"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell", "hail", "coming", "activation", "contributing", "outcast", "stranger", "latencies"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -429,6 +435,7 @@ class Member(_message.Message):
     UP_BYTES_S_FIELD_NUMBER: _builtins.int
     DOWN_BYTES_S_FIELD_NUMBER: _builtins.int
     BULK_PORT_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     """Its id."""
     incarnation: _builtins.int
@@ -447,6 +454,10 @@ class Member(_message.Message):
     """Measured download rate in bytes a second; 0 when not known."""
     bulk_port: _builtins.int
     """TCP port of its plain path for chunks, at the address's host; 0 where it offers none."""
+    @_builtins.property
+    def budget(self) -> Global___Budget:
+        """What its steps go by."""
+
     def __init__(
         self,
         *,
@@ -459,14 +470,123 @@ class Member(_message.Message):
         up_bytes_s: _builtins.float = ...,
         down_bytes_s: _builtins.float = ...,
         bulk_port: _builtins.int = ...,
+        budget: Global___Budget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bulk_port", b"bulk_port", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "peer", b"peer", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "budget", b"budget", "bulk_port", b"bulk_port", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "peer", b"peer", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Member: _TypeAlias = Member  # noqa: Y015
+
+@_typing.final
+class Budget(_message.Message):
+    """A compute budget of the swarm. Of two the larger one counts, compared by `k`, then `tables`, then `tau_s`. All zero:
+    none.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    K_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
+    TAU_S_FIELD_NUMBER: _builtins.int
+    SPEEDUP_FIELD_NUMBER: _builtins.int
+    DROP_RATE_FIELD_NUMBER: _builtins.int
+    k: _builtins.int
+    """It was found for the averagings from here on."""
+    tables: _builtins.int
+    """From the latencies of so many peers."""
+    tau_s: _builtins.float
+    """After so many seconds of a step no micro-batch begins."""
+    speedup: _builtins.float
+    """Expected speed-up, dropped micro-batches taken into account."""
+    drop_rate: _builtins.float
+    """Expected share of micro-batches that is dropped."""
+    def __init__(
+        self,
+        *,
+        k: _builtins.int = ...,
+        tables: _builtins.int = ...,
+        tau_s: _builtins.float = ...,
+        speedup: _builtins.float = ...,
+        drop_rate: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drop_rate", b"drop_rate", "k", b"k", "speedup", b"speedup", "tables", b"tables", "tau_s", b"tau_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Budget: _TypeAlias = Budget  # noqa: Y015
+
+@_typing.final
+class Latencies(_message.Message):
+    """What the sender knows of everybody's latencies, told to the members of a group once a window has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOW_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
+    window: _builtins.int
+    """The last averaging of the window."""
+    @_builtins.property
+    def tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___Table]:
+        """One a peer."""
+
+    def __init__(
+        self,
+        *,
+        window: _builtins.int = ...,
+        tables: _abc.Iterable[Global___Table] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tables", b"tables", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Latencies: _TypeAlias = Latencies  # noqa: Y015
+
+@_typing.final
+class Table(_message.Message):
+    """How long the micro-batches of one peer took while nothing was dropped."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    EXCHANGE_S_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """Its id."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The averagings that the measured steps ended in, ascending."""
+
+    @_builtins.property
+    def seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Step by step, all micro-batches of each."""
+
+    @_builtins.property
+    def exchange_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """For each step how long its averaging took; 0 when not known yet."""
+
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        steps: _abc.Iterable[_builtins.int] | None = ...,
+        seconds: _abc.Iterable[_builtins.float] | None = ...,
+        exchange_s: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange_s", b"exchange_s", "peer", b"peer", "seconds", b"seconds", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Table: _TypeAlias = Table  # noqa: Y015
 
 @_typing.final
 class Join(_message.Message):
