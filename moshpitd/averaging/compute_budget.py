@@ -149,7 +149,8 @@ def expected(steps: Sequence[Floats], taus: Floats, exchange_s: float) -> tuple[
         gain = longest - np.where(done > 0, ends[done - 1], 0.0)
         drop = 1.0 - done / len(ends)
         rest = 1.0 - gain / (longest + exchange_s)
-        speedups += np.divide(1.0 - drop, rest, out=np.zeros(len(taus)), where=rest > 0.0)
+        # Nothing computed in no time is no speed: such a tau is not to be chosen.
+        speedups += np.divide(1.0 - drop, rest, out=np.full(len(taus), -np.inf), where=rest > 0.0)
         drop_rates += drop
     return speedups / len(steps), drop_rates / len(steps)
 

@@ -121,6 +121,7 @@ def test_the_receipt_is_the_contracts_json(daemon: Daemon) -> None:
         "grid": "2x4",
         "session": "training",
         "local": {"trainers": 1, "weight": 2.0},
+        "budget": None,
     }
     assert daemon.rounds(limit=1, epoch=7) == [receipt]
     assert daemon.rounds(epoch=8) == []

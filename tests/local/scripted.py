@@ -3,7 +3,8 @@
 A result is twice the contribution, in the spares by turns. Session names: `elsewhere` has its result in no spare,
 `alone` ends alone, `nobody` finds no group, `taken` is taken, `waits` tells what it waits for, waits until it is
 cancelled or its session is closed and then looks at its values, `buggy` has a bug, `dies` kills the whole process with
-the result half sent, `gathers` sees one more live session at every look.
+the result half sent, `gathers` sees one more live session at every look. A session with a compute budget is told a tau
+of 20 ms, or the one by hand, after its first averaging.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from moshpitd.averaging.compute_budget import BudgetOptions
 from moshpitd.averaging.errors import NoGroup, Precondition
 from moshpitd.averaging.names import PeerId
 from moshpitd.averaging.receipt import (
+    BudgetLine,
     DroppedLine,
     LinkLine,
     LocalLine,
@@ -112,6 +115,23 @@ def receipt(outcome: Outcome, vector: Vector, weight: float) -> Receipt:
     )
 
 
+def budget_line(options: BudgetOptions, *, tau_s: float, completed: int = 0) -> BudgetLine:
+    return BudgetLine(
+        micro_batches=options.micro_batches,
+        normalise=options.normalise,
+        completed=completed,
+        tau_s=tau_s,
+        state="in force since averaging 7",
+        k=7,
+        tables=2,
+        expected_speedup=1.25,
+        expected_drop_rate=0.125,
+        speedup=1.5,
+        drop_rate=0.25,
+        note="1 of 2 members did not go by the newest tau yet",
+    )
+
+
 class ScriptedDriver:
     """Its methods are those of `moshpitd.households.Households`, each trainer in a household of its own. `tell` hears
     of everything that happens, one line each."""
@@ -120,6 +140,7 @@ class ScriptedDriver:
         self.draining = False
         self.opened: dict[str, SessionOptions] = {}
         self.calls: list[Call] = []
+        self.budgets: dict[str, BudgetOptions] = {}
         self._closed: dict[str, asyncio.Event] = {}
         self._finished: list[tuple[str, Receipt]] = []
         self._ids = itertools.count(1)
@@ -142,6 +163,11 @@ class ScriptedDriver:
             self._closed.pop(session_id).set()
             await self._note(f"closed {options.name}")
 
+    def set_budget(self, session_id: str, options: BudgetOptions) -> BudgetLine:
+        self.budgets[session_id] = options
+        self._tell(f"budget of {options.micro_batches} {options.normalise or 'undecided'}")
+        return budget_line(options, tau_s=options.tau_s or 0.0)
+
     async def average(
         self,
         session_id: str,
@@ -152,6 +178,8 @@ class ScriptedDriver:
     ) -> Averaged:
         options = self.opened[session_id]
         self.calls.append(call)
+        if call.micro_batch_s:
+            self._tell(f"completed {len(call.micro_batch_s)}, weight {call.weight:g}")
         match options.name:
             case "nobody":
                 raise NoGroup("1 of 8 peers was here: start the others")
@@ -171,6 +199,9 @@ class ScriptedDriver:
                 raise Precondition("the session was closed")
         outcome = Outcome.ALONE if options.name == "alone" else Outcome.COMPLETE
         done = receipt(outcome, vector, call.weight)
+        if budget := self.budgets.get(session_id):
+            line = budget_line(budget, tau_s=budget.tau_s or 0.02, completed=len(call.micro_batch_s))
+            done = replace(done, budget=line)
         self._finished.insert(0, (options.name, done))
         if outcome is Outcome.ALONE:
             return Averaged(done, vector)

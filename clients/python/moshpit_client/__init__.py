@@ -7,6 +7,7 @@ with moshpit_client.connect() as daemon:
         receipt = session.average(weight=32.0, timeout=30.0)  # in place
 """
 
+from moshpit_client.compute_budget import BudgetState, ComputeBudget, Step
 from moshpit_client.daemon import Daemon, connect
 from moshpit_client.errors import (
     DaemonBug,
@@ -26,6 +27,8 @@ from moshpit_client.status import Bandwidth, ConfigValue, Peer, SessionStatus, S
 
 __all__ = [
     "Bandwidth",
+    "BudgetState",
+    "ComputeBudget",
     "ConfigValue",
     "Daemon",
     "DaemonBug",
@@ -50,6 +53,7 @@ __all__ = [
     "SessionStatus",
     "Span",
     "Status",
+    "Step",
     "Traffic",
     "TrainerStatus",
     "WrongProcess",

@@ -45,6 +45,13 @@ class Calls:
                 _SERVICE + "CloseSession", pb.CloseSessionRequest.SerializeToString, pb.CloseSessionResponse.FromString
             )
         )
+        self.set_compute_budget: grpc.UnaryUnaryMultiCallable[
+            pb.SetComputeBudgetRequest, pb.SetComputeBudgetResponse
+        ] = self.channel.unary_unary(
+            _SERVICE + "SetComputeBudget",
+            pb.SetComputeBudgetRequest.SerializeToString,
+            pb.SetComputeBudgetResponse.FromString,
+        )
         self.average: grpc.StreamStreamMultiCallable[pb.AverageRequest, pb.AverageResponse] = (
             self.channel.stream_stream(
                 _SERVICE + "Average", pb.AverageRequest.SerializeToString, pb.AverageResponse.FromString

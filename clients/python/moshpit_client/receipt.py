@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moshpit_client.compute_budget import BudgetState, read_budget
 from moshpit_client.records import Record
 from moshpit_client.v1 import daemon_pb2 as pb
 
@@ -133,6 +134,8 @@ class Receipt(Record):
     session: str
     """The session's name."""
     local: Local
+    budget: BudgetState | None = None
+    """Of a session with a compute budget."""
 
 
 _OUTCOMES = {pb.OUTCOME_COMPLETE: "complete", pb.OUTCOME_PARTIAL: "partial", pb.OUTCOME_ALONE: "alone"}
@@ -153,6 +156,7 @@ def read_receipt(message: pb.Receipt) -> Receipt:
         grid=message.grid,
         session=message.session,
         local=Local(message.local.trainers, message.local.weight),
+        budget=read_budget(message.budget) if message.HasField("budget") else None,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from moshpit_client.compute_budget import ComputeBudget, budget_request, normalise_number, read_budget
 from moshpit_client.connection import ANSWER_SECONDS, Connection, keep_in_children
 from moshpit_client.errors import (
     DaemonBug,
@@ -49,6 +50,17 @@ class Progress:
 
 
 ProgressCall = Callable[[Progress], None]
+Normalise = Literal["fixed", "computed"]
+
+
+@dataclass(frozen=True, slots=True)
+class _CountedStep:
+    """A step under a compute budget, on its way to be averaged."""
+
+    budget: ComputeBudget
+    seconds: tuple[float, ...]
+    """Of each completed micro-batch."""
+    normalise: str | None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -123,6 +135,7 @@ class Session:
         """False from a call's start until its receipt: after an error the daemon may still read what we gave it."""
         self._delta: Delta | None = None
         """The last one: two at once would count what the first brought twice."""
+        self._budget: ComputeBudget | None = None
         self._closed = False
         with connection.errors():
             # Held open, not read: the session lives as long as this call.
@@ -154,6 +167,7 @@ class Session:
         timeout: float = 60.0,
         epoch: int | None = None,
         progress: ProgressCall | None = None,
+        normalise: Normalise | None = None,
     ) -> Receipt:
         """Average the session's tensors in place.
 
@@ -161,15 +175,21 @@ class Session:
         timeout: seconds this call is willing to wait for peers and the result.
         epoch: meet only peers with the same epoch; None meets the newest open averaging.
         progress: called in this thread while waiting.
+        normalise: with a compute budget, see there; None is what it has, and in the beginning "fixed".
 
         The tensors change only when the whole result has arrived; after any error they are as they were. Raises
         InvalidInput for tensors that cannot be written (JAX): use `average_values`.
         """
         self._require()
         self._require_applied()
+        return self._average(weight, timeout, epoch, progress, self._step_of(normalise))
+
+    def _average(
+        self, weight: float, timeout: float, epoch: int | None, progress: ProgressCall | None, step: _CountedStep | None
+    ) -> Receipt:
         with self._turn:
             views = [self._view(spec) for spec in self._specs]
-            receipt, packed = self._exchange(views, self._kept_staging, weight, timeout, epoch, progress)
+            receipt, packed = self._exchange(views, self._kept_staging, weight, timeout, epoch, progress, step)
             if packed is not None:
                 arrays = unpack(packed, self._specs)
                 for each in views:
@@ -185,6 +205,7 @@ class Session:
         progress: ProgressCall | None = None,
         *,
         apply: Literal["overwrite"] = "overwrite",
+        normalise: Normalise | None = None,
     ) -> Future[Receipt]: ...
 
     @overload
@@ -196,6 +217,7 @@ class Session:
         progress: ProgressCall | None = None,
         *,
         apply: Literal["delta"],
+        normalise: Normalise | None = None,
     ) -> Delta: ...
 
     def average_async(
@@ -206,6 +228,7 @@ class Session:
         progress: ProgressCall | None = None,
         *,
         apply: Literal["overwrite", "delta"] = "overwrite",
+        normalise: Normalise | None = None,
     ) -> Future[Receipt]:
         """`average` in a thread of its own, where `progress` is called too. A future can be cancelled while it waits
         for its turn.
@@ -223,21 +246,28 @@ class Session:
         """
         self._require()
         self._require_applied()
+        if apply not in ("overwrite", "delta"):
+            raise InvalidInput(f"apply={apply!r}: give 'overwrite' or 'delta'")
+        step = self._step_of(normalise)  # now: the trainer may compute the next one meanwhile
         match apply:
             case "overwrite":
                 future: Future[Receipt] = Future()
-                self._in_background(future, lambda: future.set_result(self.average(weight, timeout, epoch, progress)))
+
+                def average() -> None:
+                    self._require()
+                    self._require_applied()
+                    future.set_result(self._average(weight, timeout, epoch, progress, step))
+
+                self._in_background(future, average)
                 return future
             case "delta":
                 before = self._new_staging()
                 pack_into(before, [self._view(spec) for spec in self._specs])
                 self._delta = delta = Delta(self)
                 self._in_background(
-                    delta, lambda: delta.bring(*self._exchange_copy(before, weight, timeout, epoch, progress))
+                    delta, lambda: delta.bring(*self._exchange_copy(before, weight, timeout, epoch, progress, step))
                 )
                 return delta
-            case _:
-                raise InvalidInput(f"apply={apply!r}: give 'overwrite' or 'delta'")
 
     def average_values(
         self,
@@ -248,6 +278,7 @@ class Session:
         progress: ProgressCall | None = None,
         *,
         copy: bool = True,
+        normalise: Normalise | None = None,
     ) -> tuple[dict[str, npt.NDArray[np.generic]], Receipt]:
         """Average these values and return new arrays: for JAX and others whose tensors cannot be written.
 
@@ -262,8 +293,9 @@ class Session:
         views = [self._given(spec, tensors) for spec in self._specs]
         if unknown := sorted(tensors.keys() - {spec.name for spec in self._specs}):
             raise InvalidInput(f"tensor {unknown[0]!r} is not of this session: open one that has it")
+        step = self._step_of(normalise)
         with self._turn:
-            receipt, packed = self._exchange(views, self._new_staging, weight, timeout, epoch, progress)
+            receipt, packed = self._exchange(views, self._new_staging, weight, timeout, epoch, progress, step)
             if packed is None:
                 return {
                     each.spec.name: each.array.astype(each.array.dtype).view(each.native) for each in views
@@ -272,6 +304,44 @@ class Session:
                 packed = packed.copy()
             arrays = unpack(packed, self._specs)
             return {each.spec.name: arrays[each.spec.name].view(each.native) for each in views}, receipt
+
+    def compute_budget(
+        self,
+        micro_batches: int,
+        *,
+        normalise: Normalise | None = None,
+        tau: Literal["auto", "off"] | float = "auto",
+        warm_up: int | None = None,
+        learn: int | None = None,
+        refresh_every: int = 0,
+    ) -> ComputeBudget:
+        """Let nobody wait for the slowest: once a step has taken tau seconds it begins no further micro-batch.
+
+            budget = session.compute_budget(micro_batches=12, normalise="computed")
+            with budget.step() as step:
+                for micro_batch in micro_batches:
+                    if not step.proceed():
+                        break
+                    gradient += gradient_of(micro_batch)
+            gradient /= step.completed
+            session.average()
+
+        Call it right after the session was opened, alike in all trainers, and `average` after each step. What a step
+        weighs is then counted for you; the `weight` of `average` is that of one micro-batch.
+
+        micro_batches: M, of a whole step.
+        normalise: what a dropped micro-batch means. "fixed": zeros; the gradient is the sum divided by M. "computed":
+            nothing; the gradient is the sum divided by `step.completed`. None leaves it to the first `average`.
+        tau: "auto": the swarm finds it, the same for all; "off": never drop; or seconds.
+        warm_up, learn: steps at the beginning that are not measured (5), and that are (45); nothing is dropped in them.
+        refresh_every: averagings after which tau is found anew; 0: never.
+        """
+        self._require()
+        request = budget_request(self.session_id, micro_batches, normalise, tau, warm_up, learn, refresh_every)
+        with self._turn, self._connection.errors():
+            answer = self._connection.calls.set_compute_budget(request, timeout=ANSWER_SECONDS)
+        self._budget = ComputeBudget(read_budget(answer.budget), request)
+        return self._budget
 
     def contribution(self) -> dict[str, npt.NDArray[np.generic]]:
         """Arrays by name, in shared memory where there is any, to be filled and given to the next `average_values`,
@@ -347,12 +417,13 @@ class Session:
         timeout: float,
         epoch: int | None,
         progress: ProgressCall | None,
+        step: _CountedStep | None,
     ) -> tuple[Receipt, _Change | None]:
         """Average packed values; the result is a copy too, for as long as it is wanted."""
         arrays = unpack(before, self._specs)
         views = [View(spec, arrays[spec.name], arrays[spec.name].dtype, False, before) for spec in self._specs]
         with self._turn:
-            receipt, after = self._exchange(views, self._new_staging, weight, timeout, epoch, progress)
+            receipt, after = self._exchange(views, self._new_staging, weight, timeout, epoch, progress, step)
             if after is None:
                 return receipt, None
             return receipt, _Change(before, after if after.flags.owndata else after.copy())
@@ -393,16 +464,21 @@ class Session:
         timeout: float,
         epoch: int | None,
         progress: ProgressCall | None,
+        step: _CountedStep | None,
     ) -> tuple[Receipt, npt.NDArray[np.uint8] | None]:
         """One averaging: the whole packed result, None when nobody else was there. `staging` is for one that is
         streamed."""
         if epoch is not None and not 0 <= epoch < 1 << 64:
             raise InvalidInput(f"epoch={epoch}: give a whole number of at least 0")
+        if step is not None:
+            self._agree(step)  # before others are looked for: who normalises otherwise is not one of us
         if self._initial_peers > 1:
             timeout -= self._gather(self._initial_peers, timeout, progress)
         start = pb.AverageStart(
             session_id=self.session_id, weight=float(weight), timeout_seconds=float(timeout), epoch=epoch
         )
+        if step is not None:
+            start.micro_batch_seconds.extend(step.seconds)
         shared = self._shared if self._shared_is_ours else None
         self._shared_is_ours = False
         if shared is not None:
@@ -440,7 +516,32 @@ class Session:
         if receipt is None or not is_whole or (packed is None and receipt.outcome != "alone"):
             raise DaemonBug("the daemon's result has no receipt or is too short: report it with its log")
         self._shared_is_ours = True
+        if step is not None and receipt.budget is not None:
+            step.budget.averaged(step.seconds, receipt.budget)
         return receipt, packed
+
+    def _step_of(self, normalise: str | None) -> _CountedStep | None:
+        """The step to be averaged; None without a compute budget."""
+        if self._budget is None:
+            if normalise is not None:
+                raise InvalidInput(
+                    f"normalise={normalise!r} without a compute budget: call Session.compute_budget first"
+                )
+            return None
+        if normalise is not None:
+            normalise_number(normalise)
+        return _CountedStep(self._budget, self._budget.offer(), normalise)
+
+    def _agree(self, step: _CountedStep) -> None:
+        """How dropped micro-batches are normalised, where it was not said before or is said otherwise."""
+        known = step.budget.state.normalise
+        wanted = step.normalise or known or "fixed"
+        if wanted != known:
+            request = step.budget.request
+            request.normalise = normalise_number(wanted)
+            with self._connection.errors():
+                answer = self._connection.calls.set_compute_budget(request, timeout=ANSWER_SECONDS)
+            step.budget.changed(read_budget(answer.budget))
 
     def _gather(self, wanted: int, timeout: float, progress: ProgressCall | None) -> float:
         """Wait until so many live sessions are there; returns the seconds it took. Raises NoGroup."""

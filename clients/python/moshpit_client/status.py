@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moshpit_client.compute_budget import BudgetState, read_budget
 from moshpit_client.records import Record
 from moshpit_client.v1 import daemon_pb2 as pb
 
@@ -40,6 +41,8 @@ class SessionStatus(Record):
     """Ended ones by outcome."""
     codec: str
     trainers: tuple[TrainerStatus, ...]
+    budget: BudgetState | None = None
+    """Of a session with a compute budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,7 @@ def _session(message: pb.SessionStatus) -> SessionStatus:
         averagings=dict(message.averagings),
         codec=message.codec,
         trainers=tuple(map(_trainer, message.trainers)),
+        budget=read_budget(message.budget) if message.HasField("budget") else None,
     )
 
 
