@@ -60,6 +60,10 @@ class Daemon:
         with self._failures():
             return self._stub.GetConfig(pb.GetConfigRequest(), timeout=ASK_TIMEOUT_S)
 
+    def set_compute_budget(self, request: pb.SetComputeBudgetRequest) -> pb.ComputeBudget:
+        with self._failures():
+            return self._stub.SetComputeBudget(request, timeout=ASK_TIMEOUT_S).budget
+
     @contextlib.contextmanager
     def session(self, request: pb.OpenSessionRequest, timeout_s: float) -> Iterator[str]:
         """A session for as long as the block lasts; yields its id."""

@@ -41,6 +41,8 @@ OF_STRAGGLERS = {
 """Those that only trainers with a pace of their own understand ..."""
 OF_ALL = {"peers", "seed", "seeds", "vector_bytes", "delay", "crash", "timeout", "trace", "as_json"}
 """... and those that they share with swarms in step."""
+OF_DROP_COMPUTE = {"micro_batches", "micro_batch", "noise", "exchange"}
+"""The flags that say something to `--drop-compute` only."""
 CHUNK_ELEMENTS = 4096
 """Spans begin at multiples of this, so a vector on paper needs as many for each reducer."""
 
@@ -84,6 +86,11 @@ class SimulationFlags(TypedDict):
     stale: float
     lost_writes: float
     timeout: float
+    drop_compute: bool
+    micro_batches: int
+    micro_batch: str
+    noise: float
+    exchange: str
     plot: Path | None
     trace: Path | None
     as_json: bool
@@ -91,6 +98,8 @@ class SimulationFlags(TypedDict):
 
 def read(flags: SimulationFlags, typed: Collection[str]) -> Options:
     """`typed`: the flags that were given. Raises click.UsageError that names the flag and the way out."""
+    if lone := sorted(OF_DROP_COMPUTE.intersection(typed)):
+        raise click.UsageError(f"--{lone[0].replace('_', '-')} says something with --drop-compute only")
     if flags["seeds"] > 1 and (flags["plot"] or flags["trace"]):
         raise click.UsageError("--plot and --trace show one run: leave out --seeds")
     if flags["averaging"] is not None:

@@ -177,6 +177,19 @@ def simulation_flags(verb: _Verb) -> _Verb:
             click.option("--stale", type=length, default=0.0, help="Seconds until a record is seen, at most."),
             click.option("--lost-writes", type=share, default=0.0, help="Share of records nobody gets to see."),
             click.option("--timeout", metavar="SECONDS", callback=_timeout, default="60", show_default=True),
+            click.option("--drop-compute", is_flag=True, help="What a compute budget is worth, instead of a swarm:"),
+            click.option("--micro-batches", type=click.IntRange(2, 256), default=12, show_default=True, help="A step."),
+            click.option("--micro-batch", metavar="10ms", default="10ms", show_default=True, help="Without noise."),
+            click.option(
+                "--noise",
+                type=click.FloatRange(0, 100),
+                default=0.5,
+                show_default=True,
+                help="Added to a micro-batch in the mean, in micro-batches.",
+            ),
+            click.option(
+                "--exchange", metavar="30ms", default="30ms", show_default=True, help="Of a step, beside them."
+            ),
             click.option("--plot", metavar="FILE", type=file, help="Draw the spread: .png, .svg or .pdf."),
             click.option("--trace", metavar="FILE", type=file, help="Write everything that happens, messages too."),
         )
@@ -409,11 +422,20 @@ def simulate(ctx: click.Context, **flags: Unpack[SimulationFlags]) -> None:
     64 peers, 3 % of them absent, two slow uplinks; which group size?
 
         moshpitd simulate --peers 64 --absent 0.03 --link slow:2:up=5MB --vector-bytes 64MB --group-size-max 8
+
+    32 trainers that accumulate 12 micro-batches of 80 ms; would they gain by a compute budget?
+
+        moshpitd simulate --drop-compute --peers 32 --micro-batch 80ms --noise 0.3 --exchange 500ms
     """
     from moshpitd.cli import simulate as simulation
     from moshpitd.cli.simulation_flags import read
 
     typed = {name for name in flags if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if flags["drop_compute"]:
+        from moshpitd.cli import drop_compute
+
+        drop_compute.show(drop_compute.read(flags, typed), as_json=flags["as_json"])
+        return
     options = read(flags, typed)
     if flags["seeds"] > 1:
         seeds = simulation.run_seeds(options, flags["seeds"])
@@ -454,6 +476,21 @@ def _replay(ctx: click.Context, seed: int) -> str:
             for each in value if isinstance(value, tuple) else (value,):
                 words += [param.opts[0]] if each is True else [param.opts[0], str(each)]
     return shlex.join([*words, "--seed", str(seed)])
+
+
+@bench.command("compute-budget")
+@click.option("--peers", type=click.IntRange(2, 64), default=8, show_default=True, help="Daemons, each with a trainer.")
+@click.option("--steps", type=click.IntRange(10, 10_000), default=100, show_default=True, help="With a tau.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@json_flag
+def compute_budget(*, peers: int, steps: int, seed: int, as_json: bool) -> None:
+    """Compute budgets on real daemons: trainers that sleep as long as the authors' noise says, and learn.
+
+    Twelve micro-batches of 10 ms and noise a step, once without a budget and once with, the same noise in both.
+    """
+    from moshpitd.cli import compute_budget_bench
+
+    compute_budget_bench.show(compute_budget_bench.run(peers=peers, steps=steps, seed=seed), as_json=as_json)
 
 
 @main.command()

@@ -19,6 +19,7 @@ from moshpitd.averaging.compute_budget import LEARN_DEFAULT, best_tau, carried_o
 
 Floats = npt.NDArray[np.float64]
 
+PEERS_DEFAULT = 8
 STEPS_JUDGED = 300
 COLUMN = (2, 4, 8, 16, 32, 64, 100, 200)
 NOISE_MEAN = 0.5
@@ -30,7 +31,7 @@ NOISE_MAX = 11.0
 class DropComputeOptions:
     """A swarm and its trainers."""
 
-    peers: int = 8
+    peers: int = PEERS_DEFAULT
     micro_batches: int = 12
     """Of a step."""
     micro_batch_s: float = 0.01

@@ -293,12 +293,18 @@ ELEMENTS = 4096
 
 
 def trainers_of(
-    n: int, options: BudgetOptions = QUICK, *, group_size_max: int = 16, rounds: int = 0, give: bool = True
+    n: int,
+    options: BudgetOptions = QUICK,
+    *,
+    group_size_max: int = 16,
+    rounds: int = 0,
+    give: bool = True,
+    min_peers: int = 0,
 ) -> tuple[Trainers, list[Peer]]:
     swarm = Swarm(
         0, Weather(directory=(0.005, 0.005)), SessionConfig(chunk_bytes=1 << 14, group_size_max=group_size_max)
     )
-    session = options_for(np.zeros(ELEMENTS, np.float32), rounds=rounds, min_peers=n)
+    session = options_for(np.zeros(ELEMENTS, np.float32), rounds=rounds, min_peers=min_peers or n)
     peers = [swarm.open(f"p{number}", session) for number in range(n)]
     trainers = Trainers(swarm, peers if give else [], options)
     swarm.run_for(1.0)
@@ -391,6 +397,41 @@ def test_a_member_that_dies_before_it_told_is_not_in_the_tau_and_the_others_agre
     endings = trainers.step(peers[:3])
     [(_, tables, tau)] = budgets(endings)
     assert tables == 3 and tau > 0
+
+
+@pytest.mark.parametrize("after_ms", [1, 8, 16, 24, 40])
+def test_a_death_amid_the_telling_parts_them_for_a_turn_of_the_axes_at_most(after_ms: int) -> None:
+    trainers, peers = trainers_of(9, group_size_max=3, min_peers=8)
+    for _ in range(4):
+        trainers.step(peers)
+    swarm = trainers.swarm
+    swarm.at(swarm.now + after_ms / 1000, lambda: swarm.kill(peers[8]))
+    trainers.step(peers)
+    trainers.step(peers[:8])
+    trainers.step(peers[:8])
+    [(k, tables, tau)] = budgets(trainers.step(peers[:8]))
+    assert k == 5 and tables in (8, 9) and tau > 0
+    assert not swarm.protocol_errors
+
+
+def test_who_lacked_a_table_goes_by_what_the_others_found() -> None:
+    rng = np.random.default_rng(0)
+    tables = [table(number, rng.uniform(0.1, 0.2, (4, 4)), range(1, 5)) for number in range(3)]
+    keepers = [BudgetKeeper(peer(number), QUICK) for number in range(2)]
+    for keeper, heard in zip(keepers, (tables[1:], tables[:1]), strict=True):
+        for k in range(5):
+            keeper.start((0.1,) * 4)
+            keeper.group_formed(k, [member(0), member(1)], turns=1)
+            keeper.receive(told(4, *heard), k)
+            keeper.averaged(k, turns=1, exchange_s=0.1, now=float(k))
+    [newer, older] = [keeper.budget for keeper in keepers]
+    assert (newer.tables, older.tables) == (3, 2) and newer.tau_s != older.tau_s
+    for keeper in keepers:
+        keeper.start((0.1,) * 4)
+        keeper.group_formed(5, [member(0, newer), member(1, older)], turns=1)
+        line = keeper.line(6)
+        assert (line.tau_s, line.tables) == (newer.tau_s, 3)
+        assert line.note.startswith("1 of 2 members did not go by the newest tau yet")
 
 
 def test_tau_is_found_anew_every_so_often_and_nothing_is_dropped_while_it_is() -> None:
