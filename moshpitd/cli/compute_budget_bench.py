@@ -38,6 +38,7 @@ FEATURES = 128
 SAMPLES = 16
 """Of a micro-batch."""
 LEARNING_RATE = 0.1
+BUSY = 2.0
 START_TIMEOUT_S = 60.0
 AVERAGE_TIMEOUT_S = 60.0
 
@@ -89,6 +90,8 @@ class Figures:
     """(samples, loss), without and with."""
     loss_difference: float
     """The largest relative one at the same number of samples."""
+    load_per_core: float
+    """At the end, in the mean of a minute. Far above 1 sleeps end late and nothing here means much."""
 
 
 def run(*, peers: int, steps: int, seed: int) -> Figures:
@@ -133,6 +136,7 @@ def run(*, peers: int, steps: int, seed: int) -> Figures:
         step_seconds=means,
         loss=loss,
         loss_difference=max(abs(value / np.interp(at, samples, losses) - 1) for at, value in common),
+        load_per_core=os.getloadavg()[0] / (os.cpu_count() or 1),
     )
 
 
@@ -151,6 +155,8 @@ def show(figures: Figures, *, as_json: bool) -> None:
         f"{figures.carried_out_speedup:.3f} when micro-batches that were begun are finished"
     )
     print(f"loss against samples: apart by at most {figures.loss_difference:.1%}")
+    if figures.load_per_core > BUSY:
+        print(f"This machine is busy ({figures.load_per_core:.1f} processes a core): sleeps end late, measure again.")
 
 
 def _losses(courses: list[Course]) -> list[tuple[int, float]]:

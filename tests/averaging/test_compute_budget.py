@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from moshpitd.averaging.compute_budget import (
     NO_BUDGET,
+    TABLES_MAX,
     TABLES_MIN,
     BudgetKeeper,
     BudgetOptions,
@@ -235,6 +236,12 @@ BAD_TABLES = {
 def test_a_table_that_cannot_be_is_its_senders_fault(bad: Table) -> None:
     with pytest.raises(RemoteProtocolError):
         BudgetKeeper(peer(0), QUICK).receive(told(4, bad), 4)
+
+
+def test_endless_tables_are_their_senders_fault() -> None:
+    crowd = [Table(peer(number), (), (), ()) for number in range(TABLES_MAX + 1)]
+    with pytest.raises(RemoteProtocolError, match="257 peers in one message"):
+        BudgetKeeper(peer(0), QUICK).receive(told(4, *crowd), 4)
 
 
 @pytest.mark.parametrize(
