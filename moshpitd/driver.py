@@ -225,6 +225,15 @@ class Driver:
         assert line is not None
         return line
 
+    def weighed(self, session_id: str, call: Call) -> Call:
+        """What a trainer's call weighs in this session."""
+        running = self._running.get(session_id)
+        if running is None:
+            raise SessionNotFound(f"no session {session_id!r}: open one first (the daemon may have been restarted)")
+        weighed = running.machine.weighed(call, asyncio.get_running_loop().time())
+        running.carry_out()
+        return weighed
+
     async def average(
         self,
         session_id: str,

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import assert_never
 
+from moshpitd.averaging.compute_budget import BudgetOptions
 from moshpitd.averaging.errors import Precondition, SessionError, SessionNotFound, Unavailable
 from moshpitd.averaging.household import Abandon, Average, Household, HouseholdConfig, Refuse, State, Tell
-from moshpitd.averaging.receipt import LocalLine, Outcome, Receipt
+from moshpitd.averaging.receipt import BudgetLine, LocalLine, Outcome, Receipt
 from moshpitd.averaging.session import Call, SessionOptions, SessionStatus
 from moshpitd.averaging.vector import Vector
 from moshpitd.averaging.weighted_mean import copy_jobs, mean_jobs
@@ -85,6 +86,7 @@ class Households:
         home = self._home_of.pop(session_id, None)
         if home is None:
             return
+        home.budgets.pop(session_id, None)
         home.feed(partial(home.machine.leave, session_id))
         if not home.machine.trainers:
             del self._homes[home.options.name]
@@ -117,7 +119,25 @@ class Households:
         call.check()
         if self._driver.draining:
             raise Unavailable("the daemon is leaving: no new rounds")
-        return await self._home(session_id).average(session_id, call, _Caller(vector, progress, tuple(spares)))
+        home = self._home(session_id)
+        call = self._driver.weighed(home.session_id, call)
+        return await home.average(session_id, call, _Caller(vector, progress, tuple(spares)))
+
+    def set_budget(self, session_id: str, options: BudgetOptions) -> BudgetLine:
+        """Give the trainer's session a compute budget, or change it. Precondition when other trainers of this daemon
+        gave it another one."""
+        home = self._home(session_id)
+        for trainer, theirs in home.budgets.items():
+            if not options.normalise:  # what was not said by one was said by another
+                options = replace(options, normalise=theirs.normalise)
+            if trainer != session_id and replace(theirs, normalise=theirs.normalise or options.normalise) != options:
+                raise Precondition(
+                    f"another trainer of this daemon gave session {home.options.name!r} another compute budget: "
+                    f"{theirs} there, {options} here. Give the same, or this session another name"
+                )
+        line = self._driver.set_budget(home.session_id, options)
+        home.budgets[session_id] = options
+        return line
 
     def sessions(self) -> list[HouseholdLine]:
         """All of them; being asked makes them look again who is there."""
@@ -174,6 +194,8 @@ class _Home:
         self.opening = asyncio.create_task(driver.open_session(options))
         self._driver = driver
         self._loop = asyncio.get_running_loop()
+        self.budgets: dict[str, BudgetOptions] = {}
+        """What each trainer that wants a compute budget asked for."""
         self._callers: dict[str, _Caller] = {}
         """Of each trainer the one call that waits for its end."""
         self._averaging: asyncio.Task[list[Averaged]] | None = None
@@ -278,6 +300,7 @@ class _Home:
                     receipt,
                     joined=receipt.joined or share.joined,
                     local=LocalLine(len(shares), 0.0 if receipt.joined else share.weight),
+                    budget=receipt.budget and replace(receipt.budget, completed=share.completed),
                 ),
                 result,
             )

@@ -43,6 +43,8 @@ SECONDS_MAX = 1e6
 """Of a micro-batch, and of a tau by hand."""
 CANDIDATES = 200
 """Taus that are tried, as in the authors' code."""
+TRAINERS_TOLD_MAX = 8
+"""Of one daemon."""
 TABLES_MAX = 256
 TABLES_MIN = 16
 FLOATS_MAX = 1 << 17
@@ -95,6 +97,16 @@ class BudgetOptions:
             raise InvalidInput(
                 f"refresh_every {self.refresh_every}: must be 0 (never) or at least warm_up + learn = {self.window}"
             )
+
+    def factor(self, rows: tuple[tuple[float, ...], ...]) -> int:
+        """How many times the weight of a micro-batch a trainer's step counts, by its latencies. Raises InvalidInput."""
+        completed, whole = sum(map(len, rows)), self.micro_batches
+        if not 1 <= completed <= whole:
+            raise InvalidInput(
+                f"latencies of {completed} micro-batches: a session with a compute budget of {whole} averages after "
+                f"steps of 1 to {whole}, and says how long each took"
+            )
+        return whole if self.normalise == "fixed" else completed
 
     @property
     def window(self) -> int:
@@ -201,9 +213,12 @@ class _Pace:
     seconds: float = 0.0
     completed: int = 0
     steps: int = 0
+    """Each trainer's."""
 
-    def add(self, seconds: float, completed: int) -> None:
-        self.seconds, self.completed, self.steps = self.seconds + seconds, self.completed + completed, self.steps + 1
+    def add(self, seconds: float, rows: tuple[tuple[float, ...], ...]) -> None:
+        self.seconds += seconds
+        self.completed += sum(map(len, rows))
+        self.steps += len(rows)
 
 
 @dataclass(slots=True)
@@ -215,14 +230,14 @@ class BudgetKeeper:
     options: BudgetOptions
     budget: Budget = NO_BUDGET
     """The swarm's, as we know it: found or adopted. For a group's header."""
-    _rows: dict[int, tuple[float, ...]] = field(default_factory=dict)
-    """Our own latencies by the averaging that the step ended in."""
+    _rows: dict[int, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    """Our own latencies by the averaging that the step ended in, one row a trainer."""
     _exchange_s: dict[int, float] = field(default_factory=dict)
     _tables: dict[int, dict[PeerId, Table]] = field(default_factory=dict)
     """By the last averaging of their window."""
     _averagings: int = 0
-    _seconds: tuple[float, ...] = ()
-    """Of the call under way."""
+    _current: tuple[tuple[float, ...], ...] = ()
+    """The rows of the call under way, or of the last one."""
     _ended_at: float | None = None
     _goes_by_tau: bool | None = None
     """In the step of the call under way; None while its averaging is not known."""
@@ -240,17 +255,10 @@ class BudgetKeeper:
             for kept in (self._rows, self._exchange_s, self._tables):
                 kept.clear()
 
-    def start(self, seconds: tuple[float, ...]) -> int:
-        """A call with the latencies of its step; how many times its weight counts. Raises InvalidInput."""
-        whole = self.options.micro_batches
-        if not 1 <= len(seconds) <= whole:
-            raise InvalidInput(
-                f"latencies of {len(seconds)} micro-batches: a session with a compute budget of {whole} averages after "
-                f"steps of 1 to {whole}, and says how long each took"
-            )
-        self._seconds = seconds
+    def start(self, rows: tuple[tuple[float, ...], ...]) -> None:
+        """A call with the latencies of its step, for each trainer of this daemon that is in it."""
+        self._current = rows
         self._note, self._goes_by_tau = "", None
-        return whole if self.options.normalise == "fixed" else len(seconds)
 
     def group_formed(self, k: int, members: Sequence[Member], *, turns: int) -> list[Latencies]:
         """We are in a group of averaging k; what to tell each of its other members. `turns`: averagings in which all
@@ -258,18 +266,19 @@ class BudgetKeeper:
         if self._goes_by_tau is None:
             self._goes_by_tau = self._tau(k)[0] > 0
         warm = self._averagings >= self.options.warm_up
-        if warm and self._measures(k) and len(self._seconds) == self.options.micro_batches:
-            self._rows[k] = self._seconds
+        if warm and self._measures(k):
+            whole = [row for row in self._current if len(row) == self.options.micro_batches]
+            self._rows[k] = tuple(whole[:TRAINERS_TOLD_MAX])
         self._adopt(k, members)
         last = self._ended_by(k)
         if not (last >= 0 and k - last < turns and self._is_due(last)):
             return []
         held = self._tables.setdefault(last, {})
-        steps = sorted(step for step in self._rows if last - self.options.window < step <= last)
-        if steps:
-            seconds = tuple(second for step in steps for second in self._rows[step])
+        measured = sorted(step for step in self._rows if last - self.options.window < step <= last)
+        if steps := tuple(step for step in measured for _ in self._rows[step]):
+            seconds = tuple(second for step in measured for row in self._rows[step] for second in row)
             exchange_s = tuple(self._exchange_s.get(step, 0.0) for step in steps)
-            self._keep(last, Table(self.me, tuple(steps), seconds, exchange_s))
+            self._keep(last, Table(self.me, steps, seconds, exchange_s))
         return list(self._messages(last, held))
 
     def receive(self, message: Latencies, k: int) -> None:
@@ -288,7 +297,7 @@ class BudgetKeeper:
         if k in self._rows:
             self._exchange_s[k] = exchange_s
         if self._ended_at is not None and self._averagings >= self.options.warm_up:
-            self._paces[bool(self._goes_by_tau)].add(now - self._ended_at, len(self._seconds))
+            self._paces[bool(self._goes_by_tau)].add(now - self._ended_at, self._current)
         self._ended_at = now
         self._averagings += 1
         last = self._ended_by(k)
@@ -318,7 +327,7 @@ class BudgetKeeper:
         return BudgetLine(
             micro_batches=options.micro_batches,
             normalise=options.normalise,
-            completed=len(self._seconds),
+            completed=sum(map(len, self._current)),
             tau_s=tau_s,
             state=state,
             k=budget.k,
@@ -380,11 +389,11 @@ class BudgetKeeper:
     def _check(self, table: Table, window: int) -> None:
         steps, seconds = table.steps, table.seconds
         if (
-            len(steps) > self.options.learn
+            len(steps) > self.options.learn * TRAINERS_TOLD_MAX
             or len(seconds) != len(steps) * self.options.micro_batches
             or len(table.exchange_s) != len(steps)
             or any(not window - self.options.window < step <= window for step in steps)
-            or any(one >= other for one, other in pairwise(steps))
+            or any(one > other for one, other in pairwise(steps))
             or any(not 0 <= second <= SECONDS_MAX for second in (*seconds, *table.exchange_s))
         ):
             raise RemoteProtocolError("latencies that cannot be")
@@ -401,7 +410,8 @@ class BudgetKeeper:
             del held[max(held, key=partial(_turn, window))]
 
     def _messages(self, window: int, held: Mapping[PeerId, Table]) -> Iterator[Latencies]:
-        at_once = max(1, MESSAGE_FLOATS_MAX // (self.options.learn * self.options.micro_batches))
+        largest = max(map(len, (table.seconds for table in held.values())), default=1)
+        at_once = max(1, MESSAGE_FLOATS_MAX // largest)
         tables = [table for _, table in sorted(held.items())]
         for start in range(0, len(tables), at_once):
             yield Latencies(window, tuple(tables[start : start + at_once]))

@@ -56,6 +56,8 @@ class Share:
     weight: float
     joined: bool
     """New beside others that took part before: it gives no weight and receives."""
+    completed: int = 0
+    """With a compute budget: its micro-batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,11 +313,14 @@ class Household:
         self._offsets_s.extend(abs(at - middle) for at in calls_at)
         settled = any(not resident.is_new for resident in self._trainers.values())
         shares: list[Share] = []
+        rows: list[tuple[float, ...]] = []
         for trainer, resident in self._trainers.items():
             if trainer in party:
                 ask = self._averaging[trainer] = self._waiting.pop(trainer)
                 joined = resident.is_new and settled and self._newcomers_receive
-                shares.append(Share(trainer, 0.0 if joined else ask.call.weight, joined))
+                completed = sum(map(len, ask.call.micro_batch_s))
+                shares.append(Share(trainer, 0.0 if joined else ask.call.weight, joined, completed))
+                rows += ask.call.micro_batch_s
                 resident.missed = 0
             elif trainer not in self._waiting:  # those who wait have named a later epoch
                 resident.missed = min(MISSES_MAX, resident.missed + 1)
@@ -324,6 +329,7 @@ class Household:
             timeout_s=min(ask.deadline for ask in self._averaging.values()) - now,
             epoch=epoch,
             trainers=len(shares),
+            micro_batch_s=tuple(rows),
         )
         self._effects.append(Average(call, tuple(shares)))
 

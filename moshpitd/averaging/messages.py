@@ -99,11 +99,11 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """How long the micro-batches of one peer took, step by step, while nothing was dropped."""
+    """How long the micro-batches of one peer's trainers took, step by step, while nothing was dropped."""
 
     peer: PeerId
     steps: tuple[int, ...]
-    """The averagings that those steps ended in, ascending."""
+    """The averagings that those steps ended in, ascending; more than once for more than one trainer."""
     seconds: tuple[float, ...]
     """Step by step, M for each."""
     exchange_s: tuple[float, ...]

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import chain
 from typing import assert_never
 
 from moshpitd.averaging.all_reduce import AllReduce, AllReduceConfig, Outgoing
@@ -174,8 +175,8 @@ class Call:
     """Meet only peers with the same number; None = the newest open averaging."""
     trainers: int = 1
     """Of this daemon, whose values these are the mean of; the weight is their sum."""
-    micro_batch_s: tuple[float, ...] = ()
-    """With a compute budget: how long each completed micro-batch of this step took. The weight is that of one."""
+    micro_batch_s: tuple[tuple[float, ...], ...] = ()
+    """With a compute budget: how long each completed micro-batch of this step took, for each of those trainers."""
 
     def check(self) -> None:
         """Raises InvalidInput that names what is wrong."""
@@ -185,7 +186,7 @@ class Call:
             raise InvalidInput(f"timeout {self.timeout_s}: must be a positive number of seconds")
         if self.epoch is not None and not 0 <= self.epoch < 1 << 62:
             raise InvalidInput(f"epoch {self.epoch}: must be 0 or more")
-        for number, seconds in enumerate(self.micro_batch_s):
+        for number, seconds in enumerate(chain.from_iterable(self.micro_batch_s)):
             if not 0 <= seconds <= SECONDS_MAX:
                 raise InvalidInput(
                     f"latency {seconds} of micro-batch {number}: must be seconds, from 0 to {SECONDS_MAX:g}"
@@ -387,6 +388,8 @@ class Session:
         """Give the session a compute budget, or change it. Raises InvalidInput and, while an averaging is under way,
         Precondition."""
         options.check()  # of a wait-avoiding session: options.check(averaging=self.options.averaging)
+        if self._budget is not None and options == self._budget.options:
+            return
         if self._current is not None:
             raise Precondition("an averaging of this session is under way: set the compute budget before or after it")
         if self._budget is None:
@@ -401,6 +404,19 @@ class Session:
             self._deferred.clear()
             self._announce_lease(now)
 
+    def weighed(self, call: Call, now: float) -> Call:
+        """What a trainer's call weighs, whose weight is that of one micro-batch if there is a compute budget. Raises
+        InvalidInput."""
+        if self._budget is None:
+            if call.micro_batch_s:
+                raise InvalidInput("latencies of micro-batches without a compute budget: give the session one first")
+            return call
+        if self.terms.normalise == UNDECIDED:
+            self.set_budget(replace(self._budget.options, normalise="fixed"), now)
+        weighed = replace(call, weight=call.weight * self._budget.options.factor(call.micro_batch_s))
+        weighed.check()
+        return weighed
+
     def start(self, call: Call, vector: Vector, now: float, *, spares: Sequence[Vector] = ()) -> None:
         """Begin an averaging of the vector, which is ours and stays as it is until Finished or Failed. Results go into
         the spares as far as they reach. Raises a SessionError at once for what can never work."""
@@ -409,9 +425,12 @@ class Session:
             raise Unavailable("the session is closed")
         if self._current is not None:
             raise Precondition("an averaging of this session is still under way: await it first")
-        call = self._weighed(call, now)
+        if bool(call.micro_batch_s) != (self._budget is not None):
+            raise InvalidInput("latencies of micro-batches and a compute budget go together: one of them is missing")
         assert vector.layout == self.options.layout
         k = self._choose_k(call)
+        if self._budget is not None:
+            self._budget.start(call.micro_batch_s)
         self._periods_s.append(now - self._started_at)
         self._started_at = now
         # A round that failed may still have a job under way, which writes into what was its spare.
@@ -430,18 +449,6 @@ class Session:
         for matchmaking in self._matchmakings.values():
             self._refresh(matchmaking, now)
         self._step(now)
-
-    def _weighed(self, call: Call, now: float) -> Call:
-        """With a compute budget: what this step weighs."""
-        if self._budget is None:
-            if call.micro_batch_s:
-                raise InvalidInput("latencies of micro-batches without a compute budget: give the session one first")
-            return call
-        if self.terms.normalise == UNDECIDED:
-            self.set_budget(replace(self._budget.options, normalise="fixed"), now)
-        weighed = replace(call, weight=call.weight * self._budget.start(call.micro_batch_s))
-        weighed.check()
-        return weighed
 
     def abandon(self, now: float) -> None:
         """The trainer is gone. A closed group is served to its end, for the others; anything before is left."""

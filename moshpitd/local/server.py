@@ -257,7 +257,7 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
     ) -> pb.SetComputeBudgetResponse:
         async with Answering(context):
             session = self._session(request.session_id)
-            line = self._driver.set_budget(session.session_id, translate.budget_options(request))
+            line = self._households.set_budget(session.session_id, translate.budget_options(request))
             return pb.SetComputeBudgetResponse(budget=translate.budget_message(line))
 
     async def Average(self, _requests: object, context: AverageContext) -> None:  # type: ignore[override]

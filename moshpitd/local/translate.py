@@ -170,7 +170,7 @@ def average_call(start: pb.AverageStart) -> Call:
         weight=start.weight if start.HasField("weight") else 1.0,
         timeout_s=start.timeout_seconds if start.HasField("timeout_seconds") else TIMEOUT_DEFAULT_S,
         epoch=start.epoch if start.HasField("epoch") else None,
-        micro_batch_s=tuple(start.micro_batch_seconds),
+        micro_batch_s=(tuple(start.micro_batch_seconds),) if start.micro_batch_seconds else (),
     )
     call.check()
     return call

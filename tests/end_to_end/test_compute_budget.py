@@ -89,3 +89,27 @@ def test_members_that_normalise_otherwise_are_refused_by_name() -> None:
         assert {each.result(90).outcome for each in both} == {"complete"}
         with pytest.raises(moshpit_client.PreconditionFailed, match=r"normalise 'fixed of 4.*against 'computed of 4"):
             step(there[2], budgets[2], "fixed", naps=[1])
+
+
+def test_two_trainers_of_one_daemon_share_a_budget_and_count_each_for_itself() -> None:
+    with Swarm() as swarm, ThreadPoolExecutor(3) as pool:
+        first, second = swarm.start(2)
+        with trainers([first, first, second], gradients, joining="contribute", min_peers=2) as there:
+            budgets = [
+                trainer.session.compute_budget(M, normalise="computed", tau=0.5 * NAP_S, warm_up=0, learn=2)
+                for trainer in there
+            ]
+            with pytest.raises(moshpit_client.PreconditionFailed, match="another trainer of this daemon gave session"):
+                there[0].session.compute_budget(M + 1, normalise="computed", tau=0.5 * NAP_S)
+            steps = [
+                pool.submit(step, trainer, budget, "computed", naps=naps)
+                for trainer, budget, naps in zip(there, budgets, ([1] * M, [0, 0, 1, 0], [1]), strict=True)
+            ]
+            receipts = [each.result(90) for each in steps]
+            completed = [receipt.budget.completed for receipt in receipts if receipt.budget]
+            assert completed[0] == completed[2] == 1 and 1 <= completed[1] <= 3
+            for receipt in receipts:
+                assert receipt.weight_total == pytest.approx(sum(completed))
+                weights = {member.peer: member.weight for member in receipt.rounds[0].members}
+                assert weights == {first.id: completed[0] + completed[1], second.id: 1}
+            assert [receipt.local.weight for receipt in receipts] == completed

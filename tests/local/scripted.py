@@ -179,7 +179,7 @@ class ScriptedDriver:
         options = self.opened[session_id]
         self.calls.append(call)
         if call.micro_batch_s:
-            self._tell(f"completed {len(call.micro_batch_s)}, weight {call.weight:g}")
+            self._tell(f"completed {len(call.micro_batch_s[0])}, weight {call.weight:g}")
         match options.name:
             case "nobody":
                 raise NoGroup("1 of 8 peers was here: start the others")
@@ -200,7 +200,7 @@ class ScriptedDriver:
         outcome = Outcome.ALONE if options.name == "alone" else Outcome.COMPLETE
         done = receipt(outcome, vector, call.weight)
         if budget := self.budgets.get(session_id):
-            line = budget_line(budget, tau_s=budget.tau_s or 0.02, completed=len(call.micro_batch_s))
+            line = budget_line(budget, tau_s=budget.tau_s or 0.02, completed=sum(map(len, call.micro_batch_s)))
             done = replace(done, budget=line)
         self._finished.insert(0, (options.name, done))
         if outcome is Outcome.ALONE:

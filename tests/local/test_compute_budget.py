@@ -28,7 +28,7 @@ async def test_a_budget_is_set_told_and_counted(door: Door) -> None:
     )
     begin = pb.AverageStart(session_id=session_id, micro_batch_seconds=[0.25, 0.5, 0.125])
     receipt, _ = await door.average(pb.AverageRequest(start=begin), chunk(0, ONES))
-    assert door.driver.calls[0].micro_batch_s == (0.25, 0.5, 0.125)
+    assert door.driver.calls[0].micro_batch_s == ((0.25, 0.5, 0.125),)
     assert (receipt.receipt.budget.completed, receipt.receipt.budget.tau_seconds) == (3, 0.5)
     assert receipt.receipt.budget.note.startswith("1 of 2 members")
 

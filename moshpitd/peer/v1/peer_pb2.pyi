@@ -562,7 +562,7 @@ class Table(_message.Message):
     """Its id."""
     @_builtins.property
     def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The averagings that the measured steps ended in, ascending."""
+        """The averagings that the measured steps ended in, ascending; more than once for more than one trainer of the daemon."""
 
     @_builtins.property
     def seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
