@@ -642,7 +642,7 @@ class Session:
             self._members.cell(plan, self._next_k) if plan else (),
             self._members.live_count(),
             dict(self.outcomes),
-            self._budget_line(),
+            budget=self._budget_line(),
         )
 
     def load(self) -> Load:
