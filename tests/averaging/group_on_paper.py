@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moshpitd.averaging.all_reduce import AllReduce, AllReduceConfig, State
-from moshpitd.averaging.codecs import codec_named
+from moshpitd.averaging.codecs import rules_of
 from moshpitd.averaging.compressors import Operation
 from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
@@ -109,6 +109,7 @@ class GroupOnPaper:
         starts_s: Sequence[float] | None = None,
         operation: Operation = Operation.MEAN,
         unsent: Sequence[Vector] | None = None,
+        anchor: Vector | None = None,
     ) -> None:
         self.group = group
         self.now = 0.0
@@ -122,7 +123,9 @@ class GroupOnPaper:
         self._given = [vector.buffer.copy() for vector in values]
         self._values = values
         self._results = [Vector.empty(vector.layout) for vector in values]
-        self._codec = codec_named(codec)
+        self._codec = rules_of(codec).over(values[0].layout)
+        self._anchor = anchor
+        self._kept = [Vector.empty(vector.layout) for vector in values]
         self._config = config or AllReduceConfig()
         self._latency_s = latency_s
         self._operation = operation
@@ -203,6 +206,10 @@ class GroupOnPaper:
     def result_arrays(self, rank: int) -> dict[str, npt.NDArray[np.floating]]:
         return self._results[rank].arrays()
 
+    def kept(self, rank: int) -> bytes:
+        """What this member would hold as the next anchor."""
+        return self._kept[rank].buffer.tobytes()
+
     def untouched(self, rank: int) -> bool:
         return bool(np.array_equal(self._values[rank].buffer, self._given[rank]))
 
@@ -230,6 +237,7 @@ class GroupOnPaper:
             assert self.result(rank) == self.result(first), f"{rank} and {first} differ under one group id"
             assert machine.digest == self.machines[first].digest
             assert machine.span_lines() == self.machines[first].span_lines()
+            assert self.kept(rank) == self.result(rank)
             expected = self.mean_by_receipt(rank)
             scale = max(float(np.nanmax(np.abs(flat(vector)))) for vector in self._values)
             assert np.abs(self.result_flat(rank) - expected).max() <= tolerance * scale
@@ -250,6 +258,8 @@ class GroupOnPaper:
             now=self.now,
             operation=self._operation,
             unsent=self._unsent[rank] if self._unsent else None,
+            anchor=self._anchor,
+            kept=self._kept[rank],
         )
         self._carry_out(rank)
 

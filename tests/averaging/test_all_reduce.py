@@ -48,6 +48,7 @@ def group_on_paper(
     config: AllReduceConfig | None = None,
     latency_s: tuple[float, float] = (0.001, 0.05),
     starts_s: Sequence[float] | None = None,
+    anchor: Vector | None = None,
 ) -> GroupOnPaper:
     """A number of members gets 40,000 normal values each: ten chunks."""
     values = normal_vectors(members, 40_000) if isinstance(members, int) else members
@@ -59,7 +60,9 @@ def group_on_paper(
         chunk_elements=chunk_elements,
         budget_s=budget_s,
     )
-    return GroupOnPaper(group, values, seed=seed, codec=codec, config=config, latency_s=latency_s, starts_s=starts_s)
+    return GroupOnPaper(
+        group, values, seed=seed, codec=codec, config=config, latency_s=latency_s, starts_s=starts_s, anchor=anchor
+    )
 
 
 def dropped(paper: GroupOnPaper, rank: int) -> dict[int, str]:
@@ -956,3 +959,125 @@ def test_a_finished_machine_asks_for_nothing() -> None:
     machine.receive(Heartbeat(paper.group.group_id, 5), Rank(1), 1e9)
     machine.suspect(Rank(2), "went home", 1e9)
     assert machine.state is State.COMMITTED
+
+
+# ---- several codecs, and differences to what all hold
+
+MIXED = "*.bias=float32,size<1000=bfloat16,*=flash4-8+anchored"
+
+
+def models(count: int, *, seed: int = 0) -> list[Vector]:
+    """Weights and biases in turn, and some of another dtype: codecs change within chunks."""
+    rng = np.random.default_rng(seed)
+    sizes = {f"{block}.{kind}": size for block in range(6) for kind, size in (("weight", 5000), ("bias", 77))}
+    return [
+        Vector.of(
+            {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
+            | {"half": rng.standard_normal(3000).astype(np.float16), "scale": rng.standard_normal(9)}
+        )
+        for _ in range(count)
+    ]
+
+
+def about(centre: Vector, count: int, spread: float, *, seed: int = 0) -> list[Vector]:
+    """Members near each other, as trainers' parameters are."""
+    rng = np.random.default_rng(seed)
+    return [
+        Vector.of({n: (a + spread * rng.standard_normal(a.shape)).astype(a.dtype) for n, a in centre.arrays().items()})
+        for _ in range(count)
+    ]
+
+
+def error_of(paper: GroupOnPaper) -> float:
+    """Of the mean, by norm."""
+    exact = paper.mean_by_receipt(0)
+    return float(np.linalg.norm(paper.result_flat(0) - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_several_codecs_in_a_chunk_end_alike_for_everybody_whoever_dies(seed: int, anchored: bool) -> None:
+    centre = models(1, seed=9)[0]
+    values = about(centre, 4, 0.01, seed=seed)
+    chunk_elements = [ALIGNMENT, 3 * ALIGNMENT][seed % 2]
+    paper = group_on_paper(
+        values, codec=MIXED, seed=seed, chunk_elements=chunk_elements, anchor=centre if anchored else None
+    )
+    if seed > 1:
+        paper.at(0.1 * seed, partial(paper.kill, seed % 4))
+    paper.run()
+    assert len(paper.committed) >= 3
+    # Seven steps of 4 bits and then 255 on the range: 0.27 of values around 4, of differences around 0.04.
+    paper.check_promises(0.003 if anchored else 0.3)
+    biases = {name: array for name, array in paper.result_arrays(paper.committed[0]).items() if "bias" in name}
+    lines = paper.machines[paper.committed[0]].span_lines()
+    if len({line.contributors for line in lines}) == 1:
+        ranks = [number_of(contributor) for contributor in lines[0].contributors]
+        for name, array in biases.items():
+            exact = np.mean([values[rank].arrays()[name].astype(float) for rank in ranks], axis=0)
+            assert np.abs(array - exact).max() < 1e-6
+
+
+def test_what_a_survivor_serves_again_is_no_difference() -> None:
+    """Its reducer died after one member had the average: that one serves it decoded, whatever the anchor."""
+    centre = normal_vectors(1, 40_000)[0]
+    paper = group_on_paper(about(centre, 4, 0.01), codec="flash4+anchored", anchor=centre, seed=3)
+    served_again = 0
+
+    def fate(sender: Rank, receiver: Rank, message: Message) -> bool:
+        nonlocal served_again
+        if isinstance(message, Chunk):
+            served_again += message.decoded
+            if message.is_average and sender == 1 and not message.decoded:
+                paper.at(paper.now + 0.06, partial(paper.kill, 1))
+                return receiver == 0
+        return True
+
+    paper.fate = fate
+    paper.run()
+    assert paper.committed == [0, 2, 3] and served_again > 0
+    paper.check_promises(0.003)
+
+
+def test_bytes_and_bits_are_those_of_the_formula() -> None:
+    values = normal_vectors(4, 16 * ALIGNMENT)
+    for codec, bits, extra in (("flash4-8", 6.25, 0), ("flash4+anchored", 4.25, 1), ("*=flash8", 8.25, 0)):
+        paper = group_on_paper(values, codec=codec, anchor=values[0])
+        paper.run()
+        for machine in paper.machines.values():
+            chunks = 24  # 12 contributions to others, 4 averages to each of 3
+            assert machine.bytes_sent == 24 * ALIGNMENT * bits / 8 + chunks * (2 + extra)
+            assert machine.bits_per_element == pytest.approx(bits, rel=0.002)
+
+
+def test_the_receipts_error_is_that_of_the_contribution_as_others_decode_it() -> None:
+    """Measured on the first of every 16 chunks; normal values: the figures of the codecs' table."""
+    values = normal_vectors(2, 64 * ALIGNMENT)
+    found = {}
+    for codec in ("float32", "bfloat16", "flash8", "flash4", "flash4:32"):
+        paper = group_on_paper(values, codec=codec)
+        paper.run()
+        found[codec] = paper.machines[Rank(0)].relative_error
+    assert found.pop("float32") == 0 and 0.001 < found.pop("bfloat16") < 0.003
+    assert found == pytest.approx({"flash8": 0.0059, "flash4": 0.0998, "flash4:32": 0.0782}, rel=0.03)
+
+
+def test_anchored_four_bits_beat_plain_eight_on_parameters_that_drift() -> None:
+    """Trainers start from the average, each goes its way by 1 % of the norm, and all drift: averaging by averaging."""
+    rng = np.random.default_rng(4)
+    errors: dict[str, list[float]] = {"flash8": [], "flash4+anchored": []}
+    held = dict.fromkeys(errors, normal_vectors(1, 60_000, seed=5)[0])
+    for step in range(5):
+        drift = 0.01 * rng.standard_normal(60_000)
+        own = [0.01 * rng.standard_normal(60_000) for _ in range(4)]
+        for codec, last in held.items():
+            values = [Vector.of({"w": (last.arrays()["w"] + drift + each).astype(np.float32)}) for each in own]
+            paper = group_on_paper(values, codec=codec, anchor=last if step else None, seed=step)
+            paper.run()
+            assert paper.committed == [0, 1, 2, 3]
+            paper.check_promises(0.3)
+            errors[codec].append(error_of(paper))
+            held[codec] = Vector.of({"w": paper.result_arrays(0)["w"].copy()})
+    plain, anchored = errors.values()
+    assert anchored[0] > plain[0]  # the first has nothing to be anchored to
+    assert max(anchored[1:]) < 0.5 * min(plain)

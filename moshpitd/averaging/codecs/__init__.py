@@ -1,61 +1,13 @@
-"""Chunk <-> bytes. A codec is chosen by name; members of a group all use the same one (it is one of the terms).
-
-    float32, float16, bfloat16                            as they are, or cast
-    flash<bits>[-<all-gather bits>][:<group>][+spikes]    block-wise integers: flash8, flash4-8, flash3:32+spikes
-
-`codec_named(...).name` is the canonical spelling, and the only place where one is made: without what is the default.
+"""Chunk <-> bytes. What a session names as its codec is one of the terms, so members of a group all use the same:
+a codec by its name (names.py), a choice by tensor (rules.py), or `auto`, which the group's leader decides (auto.py).
 """
 
 from __future__ import annotations
 
-import difflib
-import itertools
-import re
+from moshpitd.averaging.codecs.auto import AUTO, CHOICES, Choice, choose
+from moshpitd.averaging.codecs.codec import Codec, VectorCodec
+from moshpitd.averaging.codecs.coding import Coding
+from moshpitd.averaging.codecs.names import codec_named
+from moshpitd.averaging.codecs.rules import Rules, rules_of
 
-from moshpitd.averaging.codecs.cast import Cast
-from moshpitd.averaging.codecs.codec import Codec, Coding
-from moshpitd.averaging.codecs.flash import GROUPS, Flash
-from moshpitd.averaging.codecs.planes import WIDTHS
-from moshpitd.averaging.errors import InvalidInput
-
-_PRECISIONS = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}
-_CASTS = {name: Codec(name, Cast(name), Cast(name), precision) for name, precision in _PRECISIONS.items()}
-_FLASH = re.compile(r"flash([2-8])(?:-([2-8]))?(?::([1-9][0-9]{0,8}))?(\+spikes)?")
-
-
-def codec_named(name: str) -> Codec:
-    """Raises InvalidInput that lists what there is."""
-    if name in _CASTS:
-        return _CASTS[name]
-    if parts := _FLASH.fullmatch(name):
-        wished = int(parts[3] or GROUPS[0])
-        group = min(GROUPS, key=lambda there: abs(there - wished))
-        codec = _flash(int(parts[1]), int(parts[2] or parts[1]), group, parts[4] is not None)
-        if group == wished:
-            return codec
-        close = [codec.name]
-    else:
-        flashes = (_flash(*parts).name for parts in itertools.product(WIDTHS, WIDTHS, GROUPS, (False, True)))
-        close = difflib.get_close_matches(name[:40], [*_CASTS, *flashes], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise InvalidInput(
-        f"unknown codec {name[:40]!r}: there are {', '.join(_CASTS)} and "
-        f"flash<bits>[-<all-gather bits>][:<group>][+spikes] with 2 to 8 bits and groups of "
-        f"{' or '.join(map(str, GROUPS))}, such as flash8 or flash4-8{hint}"
-    )
-
-
-def _flash(bits: int, average_bits: int, group: int, spikes: bool) -> Codec:
-    name = f"flash{bits}"
-    if average_bits != bits:
-        name += f"-{average_bits}"
-    if group != GROUPS[0]:
-        name += f":{group}"
-    if spikes:
-        name += "+spikes"
-    # Half a step of the range, which is twice the largest magnitude; a little more for what float16 rounds.
-    precision = sum(1.01 / ((1 << width) - 1) for width in (bits, average_bits))
-    return Codec(name, Flash(bits, group, spikes), Flash(average_bits, group, spikes), precision)
-
-
-__all__ = ["Codec", "Coding", "codec_named"]
+__all__ = ["AUTO", "CHOICES", "Choice", "Codec", "Coding", "Rules", "VectorCodec", "choose", "codec_named", "rules_of"]

@@ -1,34 +1,35 @@
-"""What the all-reduce asks of a codec: one coding for each of its halves."""
+"""What the all-reduce asks of a codec: one coding for each of its halves, for any stretch of the vector."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
-import numpy as np
+from moshpitd.averaging.codecs.anchored import Anchored
+from moshpitd.averaging.codecs.coding import Coding
+from moshpitd.averaging.vector import Floats, Vector
 
-from moshpitd.averaging.vector import Floats
 
+class VectorCodec(Protocol):
+    """How the values of one layout travel."""
 
-class Coding(Protocol):
-    """Turns a chunk into bytes and back. Decoding what was encoded is deterministic, bit for bit, on every machine."""
-
-    def encode(self, values: Floats) -> bytes | memoryview:
-        """`values`: one-dimensional, of any dtype in DTYPES. May return a view of them: they must not change after."""
+    @property
+    def name(self) -> str:
+        """Canonical: what means the same has the same name."""
         ...
 
-    def decode(self, payload: bytes | memoryview, dtype: np.dtype, elements: int) -> Floats:
-        """Values of `dtype`; may be a read-only view of the payload. Raises RemoteProtocolError for what is no code."""
-        ...
-
-    def encoded_bytes(self, dtype: np.dtype, elements: int) -> int:
-        """The exact size of the code."""
+    def of(self, start: int, stop: int, anchor: Vector | None = None) -> Codec:
+        """For elements [start, stop), which lie in one segment. `anchor`: what all members hold alike, for those codecs
+        that code the difference to it."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """How values travel. Whatever the group's size they are coded twice: as a contribution, and in the average."""
+    """How values travel, everywhere alike. Whatever the group's size they are coded twice: as a contribution, and in
+    the average."""
 
     name: str
     """Canonical: codecs that mean the same have the same name."""
@@ -36,3 +37,14 @@ class Codec:
     average: Coding
     precision: float
     """The largest error of a mean, as a share of the largest value that went into it (of a float32 vector)."""
+    anchored: bool = False
+    """Differences are coded, where there is something that they can be taken to."""
+
+    def of(self, start: int, stop: int, anchor: Vector | None = None) -> Codec:
+        return self if anchor is None else self.around(partial(anchor.elements, start, stop))
+
+    def around(self, anchor: Callable[[], Floats]) -> Codec:
+        """For values at a place where the anchor is this; itself, if it is not of those that are anchored."""
+        if not self.anchored:
+            return self
+        return replace(self, contribution=Anchored(self.contribution, anchor), average=Anchored(self.average, anchor))
