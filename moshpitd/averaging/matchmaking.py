@@ -22,11 +22,12 @@ differ; nobody is ever in both, and receipts tell.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import assert_never
 
+from moshpitd.averaging.codecs import CHOICES, Choice, choose
 from moshpitd.averaging.effects import Effect, Log, Send
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.grid import AXES_MAX, CARRIED_WEIGHT_MAX, Cell, leadership
@@ -121,6 +122,11 @@ class Round:
     cell: Cell
     layout: Layout
     chunk_bytes: int
+    wire_bytes: int
+    """The vector coded twice, as contributions and as averages: about what a member sends, and gets."""
+    auto_bytes: int = 0
+    """Of the vector, what travels by the codec `auto`; 0: the terms say how everything does."""
+    auto_elements: int = 0
 
 
 class State(Enum):
@@ -509,6 +515,7 @@ class Matchmaking:
             or (group.rank_of(sender) is None and sender != group.leader)
             or (group.k, group.j, group.axis) != (self.round.k, self.round.j, self.round.axis)
             or not is_sound(group, self.round.layout)
+            or group.codec not in (CHOICES if self.round.auto_elements else ("",))
         ):
             raise RemoteProtocolError(f"{short(sender)} began an impossible group")
         leader = self._address_of(sender)
@@ -516,6 +523,8 @@ class Matchmaking:
             self._say(leader, Bound(self.round.key, group.group_id, "was started anew since it joined"))
         elif self.group is not None and self.group.group_id == group.group_id:
             self._say(leader, Begun(self.round.key, group.group_id))
+        elif self._mine is not None and group.members[rank].anchor != self._mine.anchor:
+            self._say(leader, Bound(self.round.key, group.group_id, "holds another anchor by now"))
         elif self.state in (State.APPLYING, State.WAITING, State.LEADING):
             self._say(leader, Begun(self.round.key, group.group_id))
             for asked in (self._target, self._standby):
@@ -686,6 +695,7 @@ class Matchmaking:
             return
         self._closed_at = now
         first = applications[0].arrived_at
+        auto = self._choose_codec(members) if self.round.auto_elements else None
         group = Group(
             group_id=GroupId(self._rng.randbytes(16)),
             token=self._rng.randbytes(16),
@@ -701,6 +711,8 @@ class Matchmaking:
             absent=absent,
             arrival_offsets_s=tuple(a.arrived_at - first for a in applications),
             now_k=self._gone_on_k,
+            codec=auto.codec if auto else "",
+            codec_why=auto.why if auto else "",
         )
         self._closed.append(group)
         self._log(f"closed a group of {len(members)}" + (f", {len(absent)} expected did not come" if absent else ""))
@@ -711,6 +723,9 @@ class Matchmaking:
         self._next_begin = now + self._config.rejoin_s
         if group.rank_of(self.round.me) is not None:
             self._become_bound(group, now)
+
+    def _choose_codec(self, members: Sequence[Member]) -> Choice:
+        return choose(self.round.auto_bytes, self.round.auto_elements, [known_rate(member) for member in members])
 
     def _turn_away(self, applications: list[Application], why: str, now: float) -> None:
         """No group for these: each ends alone."""
@@ -870,8 +885,8 @@ class Matchmaking:
         return self.state in (State.APPLYING, State.WAITING) and self._is_asked(peer)
 
     def _data_time_s(self, member: Member) -> float:
-        """What the data of a round should take this member: twice the vector over its slower direction."""
-        return 2 * self.round.layout.byte_size / (known_rate(member) or self._config.rate_assumed_bytes_s)
+        """What the data of a round should take this member over its slower direction."""
+        return self.round.wire_bytes / (known_rate(member) or self._config.rate_assumed_bytes_s)
 
     def _data_time_min_s(self, member: Member) -> float:
         """What it takes if the rate was measured too low: only who cannot do it even so is refused. A rate is measured

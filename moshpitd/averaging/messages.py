@@ -138,6 +138,9 @@ class Member:
     down_bytes_s: float = 0.0
     bulk_port: int = 0
     """See Lease."""
+    anchor: bytes = b""
+    """First 8 bytes of the digest of the last average it has of this axis; empty: it has none, or the codec asks for
+    none."""
     budget: Budget = Budget()
     """What its steps go by."""
 
@@ -174,6 +177,16 @@ class Group:
     """How long after the first arrival each of the members came: everybody learns the same grace from it."""
     now_k: int = 0
     """The furthest averaging in which others of the line, past this one, said that they can be met; 0: nobody did."""
+    codec: str = ""
+    """What `auto` is in this group; empty where the terms have none."""
+    codec_why: str = ""
+    """... in words."""
+
+    @property
+    def anchor(self) -> bytes:
+        """Of the average that all members hold; empty where they do not hold the same one."""
+        anchors = {member.anchor for member in self.members}
+        return anchors.pop() if len(anchors) == 1 else b""
 
     def rank_of(self, peer: PeerId) -> Rank | None:
         for rank, member in enumerate(self.members):

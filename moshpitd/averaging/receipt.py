@@ -72,6 +72,7 @@ class RoundReceipt:
     leader: PeerId
     rank: int
     codec: str
+    """As it was in this round."""
     transport: str
     """Over what chunks travelled: grpc, tcp, or both joined by a plus."""
     members: tuple[MemberLine, ...]
@@ -86,6 +87,12 @@ class RoundReceipt:
     seconds_reduce: float
     bytes_sent: int
     bytes_received: int
+    codec_why: str = ""
+    """Why that codec, where it was chosen for this round; whether differences to an earlier average were coded."""
+    bits_per_element: float = 0.0
+    """Of what this peer sent; 0: nothing."""
+    relative_error: float = 0.0
+    """Of its contribution as others decode it, by norm, measured on some of the chunks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from typing import assert_never
 
 from moshpitd.averaging.all_reduce import AllReduce, AllReduceConfig, Outgoing
 from moshpitd.averaging.all_reduce import State as ReductionState
-from moshpitd.averaging.codecs import codec_named
+from moshpitd.averaging.codecs import VectorCodec, rules_of
 from moshpitd.averaging.cohort import CohortConfig, CohortStatus, WaitAvoidance
 from moshpitd.averaging.compute_budget import SECONDS_MAX, BudgetKeeper, BudgetOptions
 from moshpitd.averaging.effects import Announce, Effect, Failed, Finished, Log, LookUp, Progress, Send, Withdraw
@@ -128,6 +128,7 @@ EARLY_OF_ONE_MAX = 16
 EARLY_VIEWS_MAX = 1 << 13
 """... and in one message."""
 TENSORS_TOLD_MAX = 4096
+ANCHOR_TOLD_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ class SessionOptions:
     rounds: int = 0
     """Rounds an averaging; 0 = auto, as many as the plan has axes."""
     codec: str = "float32"
+    """As rules_of reads it."""
     min_peers: int = 1
     """Begin an averaging only when this many live sessions, ours included, are there."""
     joining: str = "receive"
@@ -150,7 +152,7 @@ class SessionOptions:
 
     def check(self) -> None:
         """Raises InvalidInput that names what is wrong."""
-        codec_named(self.codec)
+        rules_of(self.codec).check(self.layout)
         if not self.name or len(self.name) > 200:
             raise InvalidInput(f"session name {self.name[:40]!r}: must have 1 to 200 characters")
         if not 0 <= self.rounds <= 64:
@@ -279,6 +281,14 @@ class State(Enum):
     CLOSED = "closed"
 
 
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """The last average of an axis, as all members that committed it hold it."""
+
+    digest: bytes
+    values: Vector
+
+
 @dataclass(slots=True)
 class Averaging:
     """The averaging under way."""
@@ -328,8 +338,14 @@ class Session:
     ) -> None:
         """`link`: what is known of the daemon's line; all its sessions teach and ask the same one."""
         options.check()
-        self._codec = codec_named(options.codec)
-        self.options = options = replace(options, codec=self._codec.name)  # terms are compared as text
+        self._rules = rules_of(options.codec)
+        self.options = options = replace(options, codec=self._rules.name)  # terms are compared as text
+        self._auto_bytes, self._auto_elements = self._rules.share_of_auto(options.layout)
+        self._wire_bytes = self._rules.wire_bytes(options.layout)
+        self._codecs: dict[str, VectorCodec] = {}
+        """By what `auto` is in a group."""
+        self._anchors: dict[int, Anchor] = {}
+        """By axis; only where the codec asks for them. One vector each, and one more while a round writes it."""
         averaging = options.wait_avoidance.term if options.wait_avoidance else IN_STEP
         self.terms = Terms(options.layout.digest, options.rounds, options.codec, averaging=averaging)
         self.key = session_key(here.swarm, options.name)
@@ -926,12 +942,13 @@ class Session:
         wait_s = (current.deadline - now) / max(1, self._rounds_planned(plan) - current.j)
         self._refresh(matchmaking, now)
         may_follow = current.j == 0 and current.call.epoch is None
-        matchmaking.seek(self._member(cell[current.axis], current.weight), wait_s, now, may_follow=may_follow)
+        mine = self._member(current.axis, cell[current.axis], current.weight)
+        matchmaking.seek(mine, wait_s, now, may_follow=may_follow)
         self._announce_presence(matchmaking.round.key, cell[current.axis])
         self._look_at_matchmaking(now)
 
-    def _member(self, coordinate: int, weight: float) -> Member:
-        here, link = self._here, self._link
+    def _member(self, axis: int, coordinate: int, weight: float) -> Member:
+        here, link, anchor = self._here, self._link, self._anchors.get(axis)
         member = Member(
             here.peer,
             here.incarnation,
@@ -942,6 +959,7 @@ class Session:
             link.up_bytes_s,
             link.down_bytes_s,
             bulk_port=here.bulk_port,
+            anchor=anchor.digest[:ANCHOR_TOLD_BYTES] if anchor else b"",
         )
         return replace(member, budget=self._budget.budget) if self._budget else member
 
@@ -962,6 +980,9 @@ class Session:
             cell,
             self.options.layout,
             self._config.chunk_bytes,
+            self._wire_bytes,
+            self._auto_bytes,
+            self._auto_elements,
         )
         matchmaking = Matchmaking(round_, self._config.matchmaking, self._rng)
         self._matchmakings[key] = matchmaking
@@ -1209,6 +1230,8 @@ class Session:
         if len(self._reductions) >= REDUCTIONS_MAX:
             self._reductions.pop(next(iter(self._reductions)))
         spare = current.spares.pop() if current.spares else Vector.empty(self.options.layout)
+        anchor = self._anchors[group.axis].values if group.anchor else None
+        self._kept = Vector.empty(self.options.layout) if self._rules.is_anchored else None
         current.reduce_started_at = now
         self._become(State.REDUCING)
         current.reduction = AllReduce(
@@ -1216,10 +1239,12 @@ class Session:
             rank,
             values=current.values,
             result=spare,
-            codec=self._codec,
+            codec=self._codec_in(group),
             config=self._config.all_reduce,
             now=now,
             deadline=current.deadline,
+            anchor=anchor,
+            kept=self._kept,
         )
         self._spare_in_use = spare
         self._reductions[group.group_id] = current.reduction
@@ -1243,6 +1268,27 @@ class Session:
         return math.ceil(len(plan.sides) / self._rounds_planned(plan))
 
     _spare_in_use: Vector | None = None
+    _kept: Vector | None = None
+    """Where the round under way writes its averages for the next one's anchor. Not used twice: jobs of a round that
+    failed may still write to theirs."""
+
+    def _codec_in(self, group: Group) -> VectorCodec:
+        if group.codec not in self._codecs:
+            self._codecs[group.codec] = self._rules.with_auto(group.codec).over(self.options.layout)
+        return self._codecs[group.codec]
+
+    def _codec_why(self, group: Group) -> str:
+        """What a person should know of how values travelled in this group."""
+        reasons = [group.codec_why] if group.codec_why else []
+        if self._rules.is_anchored:
+            lacking = sum(not member.anchor for member in group.members)
+            if group.anchor:
+                reasons.append("anchored: differences to the last average of this axis were coded")
+            elif lacking:
+                reasons.append(f"plain: {lacking} of {len(group.members)} members have no last average of this axis")
+            else:
+                reasons.append("plain: the members have different last averages of this axis")
+        return "; ".join(reasons)
 
     def _receive_in_group(self, message: ReductionMessage, sender: PeerId, now: float) -> None:
         reduction = self._reductions.get(message.group_id)
@@ -1296,6 +1342,11 @@ class Session:
             if current.changed:
                 current.spares.append(current.values)
             current.values, current.changed = self._spare_in_use, True
+            if self._kept is not None:
+                assert current.plan is not None
+                axes = range(len(current.plan.sides))
+                self._anchors = {axis: held for axis, held in self._anchors.items() if axis in axes}
+                self._anchors[group.axis] = Anchor(reduction.digest, self._kept)
             current.rounds.append(
                 self._receipt_of(reduction, carried_weight(weights, coordinates, reduction.rank), now)
             )
@@ -1304,7 +1355,7 @@ class Session:
             if reduction.idle:
                 current.spares.append(self._spare_in_use)
             current.rounds.append(self._receipt_of(reduction, current.weight, now))
-        self._spare_in_use = None
+        self._spare_in_use = self._kept = None
         self._next_round(now)
 
     def _next_round(self, now: float, *, over: bool = False) -> None:
@@ -1468,7 +1519,7 @@ class Session:
             digest=reduction.digest if committed else b"",
             leader=group.leader,
             rank=reduction.rank,
-            codec=self.options.codec,
+            codec=self._codec_in(group).name,
             transport="+".join(sorted(set(reduction.transports.values()))),
             members=tuple(MemberLine(m.peer, m.weight, m.coordinate) for m in group.members),
             links=tuple(
@@ -1482,6 +1533,9 @@ class Session:
             seconds_reduce=now - current.reduce_started_at,
             bytes_sent=reduction.bytes_sent,
             bytes_received=reduction.bytes_received,
+            codec_why=self._codec_why(group),
+            bits_per_element=reduction.bits_per_element,
+            relative_error=reduction.relative_error,
         )
 
     def _receipt_alone(self, matchmaking: Matchmaking, why: str, now: float) -> RoundReceipt:

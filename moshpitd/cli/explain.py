@@ -86,10 +86,16 @@ def _round(receipt: pb.Receipt, round_: pb.Round, own: str) -> Iterator[str]:
         yield f"  {_who(dropped.peer, own)} was dropped: {dropped.why}."
     yield (
         f"  It took {round_.seconds.matchmaking:.3f} s to match and {round_.seconds.reduce:.3f} s to reduce by "
-        f"{round_.transport} in {round_.codec}; {amount(round_.bytes.sent)} out, "
+        f"{round_.transport} in {_coded(round_)}; {amount(round_.bytes.sent)} out, "
         f"{amount(round_.bytes.received)} in. Weight {round_.weight_after:g} goes on."
     )
     yield f"  Whoever shows group id {round_.group_id.hex()} holds the same bits, digest {round_.digest.hex()}."
+
+
+def _coded(round_: pb.Round) -> str:
+    why = f" ({round_.codec_why})" if round_.codec_why else ""
+    lost = f", off by {round_.relative_error:.1g} of its norm" if round_.relative_error else ""
+    return f"{round_.codec}{why}, {round_.bits_per_element:.3g} bits an element{lost}"
 
 
 def _who(peer: str, own: str) -> str:

@@ -136,6 +136,9 @@ def _round(message: pb.Round) -> Json:
         "leader": message.leader,
         "rank": message.rank,
         "codec": message.codec,
+        "codec_why": message.codec_why,
+        "bits_per_element": message.bits_per_element,
+        "relative_error": message.relative_error,
         "transport": message.transport,
         "members": [
             {"peer": member.peer, "weight": member.weight, "coordinate": member.coordinate}

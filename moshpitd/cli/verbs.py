@@ -230,7 +230,14 @@ def run(**flags: str | tuple[str, ...] | None) -> None:
 )
 @click.option("--epoch", type=click.IntRange(0, 2**63 - 1), help="Meet only peers with the same number.")
 @click.option("--min-peers", type=click.IntRange(1, 2**31 - 1), default=1, help="Begin when so many are here, with us.")
-@click.option("--codec", metavar="NAME", default="float32", show_default=True, help="How values travel.")
+@click.option(
+    "--codec",
+    metavar="NAME|PATTERN=NAME,...",
+    default="float32",
+    show_default=True,
+    help="How values travel: float32, float16, bfloat16, flash8, flash4-8, flash4+anchored, ..., auto; or for each "
+    "tensor its own, as in '*.bias=float32,size<4096=float32,*=flash8'.",
+)
 @click.option("--name", metavar="SESSION", default="default", show_default=True, help="Other names never meet.")
 @click.option("--joining", type=click.Choice(["receive", "contribute"]), default="contribute", show_default=True)
 @click.option("--allow-alone", is_flag=True, help="Nobody else is no failure: OUT gets IN's values.")

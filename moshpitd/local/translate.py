@@ -260,6 +260,9 @@ def _round_message(round_: RoundReceipt) -> pb.Round:
             total=round_.seconds_matchmaking + round_.seconds_reduce,
         ),
         bytes=pb.Traffic(sent=round_.bytes_sent, received=round_.bytes_received),
+        codec_why=round_.codec_why,
+        bits_per_element=round_.bits_per_element,
+        relative_error=round_.relative_error,
     )
 
 

@@ -66,7 +66,7 @@ def member(peer: PeerId, *, dialable: bool = True, weight: float = 1.0) -> Membe
 
 
 def round_of(me: PeerId, k: int = 4) -> Round:
-    return Round(LINE, k, 1, 0, 1, b"theplan!", me, incarnation_of(me), (0, 0), LAYOUT, 1 << 14)
+    return Round(LINE, k, 1, 0, 1, b"theplan!", me, incarnation_of(me), (0, 0), LAYOUT, 1 << 14, 2 * LAYOUT.byte_size)
 
 
 def join_of(peer: PeerId, *, attempt: int = 1, wait_s: float = 20.0, unreachable: tuple[PeerId, ...] = ()) -> Join:

@@ -68,7 +68,7 @@ class Daemon:
         min_peers: int = 1,
         initial_peers: int | None = None,
         rounds: Literal["auto"] | int = "auto",
-        codec: str = "float32",
+        codec: str | Mapping[str, str] = "float32",
         joining: Literal["receive", "contribute"] = "receive",
         lonely_wait: float | None = None,
         shared_memory: bool = True,
@@ -79,8 +79,11 @@ class Daemon:
         min_peers: begin each averaging only when so many live sessions are there, this one included.
         initial_peers: the same, for the first averaging only.
         rounds: of an averaging; "auto" gives the exact mean of the swarm.
-        codec: how values travel between peers: float32 (lossless for every dtype), float16, bfloat16, or block-wise
-            integers, flash<bits>[-<all-gather bits>][:<group>][+spikes]: flash8, flash4-8, flash3:32+spikes.
+        codec: how values travel between peers: float32 (lossless for every dtype), float16, bfloat16, block-wise
+            integers, flash<bits>[-<all-gather bits>][:<group>][+spikes][+anchored]: flash8, flash4-8, flash4+anchored;
+            or auto, by what the group's links carry. For each tensor its own:
+            {"*.bias": "float32", "size<4096": "float32", "*": "flash4-8"}; the first that fits a tensor's name, or
+            that it is small enough for, counts.
         joining: whether a newcomer's first averaging only receives the swarm's mean or counts at once.
         lonely_wait: seconds an averaging looks for somebody while nobody else is known.
         shared_memory: share memory with the daemon where that is possible; `Daemon.status` says whether and why not.
@@ -98,7 +101,7 @@ class Daemon:
                 for view in views.values()
             ],
             rounds=0 if rounds == "auto" else _count("rounds", rounds),
-            codec=codec,
+            codec=codec if isinstance(codec, str) else _rules(codec),
             min_peers=_count("min_peers", min_peers),
             joining=_JOININGS[joining],
             lonely_wait_seconds=lonely_wait or 0.0,
@@ -136,6 +139,15 @@ class Daemon:
         with self._connection.errors():
             answer = self._connection.calls.get_config(pb.GetConfigRequest(), timeout=ANSWER_SECONDS)
         return [read_config_value(message) for message in answer.values]
+
+
+def _rules(codecs: Mapping[str, str]) -> str:
+    if not codecs:
+        raise InvalidInput("codec={}: give a codec for each pattern, {'*': 'flash8'}")
+    for pattern in codecs:
+        if "," in pattern:
+            raise InvalidInput(f"codec pattern {pattern!r}: write ? for the comma")
+    return ",".join(f"{pattern}={codec}" for pattern, codec in codecs.items())
 
 
 def _count(name: str, value: int) -> int:

@@ -83,6 +83,7 @@ class Round(Record):
     leader: str
     rank: int
     codec: str
+    """As it was in this round."""
     transport: str
     """grpc, tcp, or both joined by a plus"""
     members: tuple[Member, ...]
@@ -95,6 +96,12 @@ class Round(Record):
     """What was carried into the next round."""
     seconds: Seconds
     bytes: Traffic
+    codec_why: str
+    """Why that codec, where it was chosen for this round; whether differences to an earlier average were coded."""
+    bits_per_element: float
+    """Of what this peer sent; 0 when it sent nothing."""
+    relative_error: float
+    """Of this peer's contribution as others decode it, by norm; measured on some of the chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +186,9 @@ def _round(message: pb.Round) -> Round:
         weight_after=message.weight_after,
         seconds=_seconds(message.seconds),
         bytes=_traffic(message.bytes),
+        codec_why=message.codec_why,
+        bits_per_element=message.bits_per_element,
+        relative_error=message.relative_error,
     )
 
 

@@ -435,6 +435,7 @@ class Member(_message.Message):
     UP_BYTES_S_FIELD_NUMBER: _builtins.int
     DOWN_BYTES_S_FIELD_NUMBER: _builtins.int
     BULK_PORT_FIELD_NUMBER: _builtins.int
+    ANCHOR_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     """Its id."""
@@ -454,6 +455,10 @@ class Member(_message.Message):
     """Measured download rate in bytes a second; 0 when not known."""
     bulk_port: _builtins.int
     """TCP port of its plain path for chunks, at the address's host; 0 where it offers none."""
+    anchor: _builtins.bytes
+    """First 8 bytes of the digest of the last average it holds of this axis, to which values may be coded; empty where it holds
+    none, or where the codec asks for none.
+    """
     @_builtins.property
     def budget(self) -> Global___Budget:
         """What its steps go by."""
@@ -470,11 +475,12 @@ class Member(_message.Message):
         up_bytes_s: _builtins.float = ...,
         down_bytes_s: _builtins.float = ...,
         bulk_port: _builtins.int = ...,
+        anchor: _builtins.bytes = ...,
         budget: Global___Budget | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "budget", b"budget", "bulk_port", b"bulk_port", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "peer", b"peer", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "anchor", b"anchor", "budget", b"budget", "bulk_port", b"bulk_port", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "peer", b"peer", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -890,6 +896,8 @@ class Group(_message.Message):
     ABSENT_FIELD_NUMBER: _builtins.int
     ARRIVAL_OFFSETS_S_FIELD_NUMBER: _builtins.int
     NOW_K_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
+    CODEC_WHY_FIELD_NUMBER: _builtins.int
     group_id: _builtins.bytes
     """16 random bytes."""
     token: _builtins.bytes
@@ -910,6 +918,10 @@ class Group(_message.Message):
     """What the most hurried member's caller still has."""
     now_k: _builtins.int
     """The furthest averaging in which others of the line, past this one, said that they can be met; 0: nobody did."""
+    codec: _builtins.str
+    """What the codec `auto` is in this group; empty where the terms have none."""
+    codec_why: _builtins.str
+    """Why, in words."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """By rank: sorted by coordinate, then id."""
@@ -943,10 +955,12 @@ class Group(_message.Message):
         absent: _abc.Iterable[Global___Absent] | None = ...,
         arrival_offsets_s: _abc.Iterable[_builtins.float] | None = ...,
         now_k: _builtins.int = ...,
+        codec: _builtins.str = ...,
+        codec_why: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "arrival_offsets_s", b"arrival_offsets_s", "axis", b"axis", "budget_s", b"budget_s", "chunk_bytes", b"chunk_bytes", "group_id", b"group_id", "j", b"j", "k", b"k", "key", b"key", "leader", b"leader", "members", b"members", "now_k", b"now_k", "spans", b"spans", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "arrival_offsets_s", b"arrival_offsets_s", "axis", b"axis", "budget_s", b"budget_s", "chunk_bytes", b"chunk_bytes", "codec", b"codec", "codec_why", b"codec_why", "group_id", b"group_id", "j", b"j", "k", b"k", "key", b"key", "leader", b"leader", "members", b"members", "now_k", b"now_k", "spans", b"spans", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

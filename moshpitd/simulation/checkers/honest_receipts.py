@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moshpitd.averaging.codecs import codec_named
+from moshpitd.averaging.codecs import rules_of
 from moshpitd.simulation.checkers.checker import Checker
 from moshpitd.simulation.history import RoundRecord
 
@@ -35,7 +35,7 @@ class HonestReceipts(Checker):
             mean = sum(weights[p] / total * x for p, x in zip(span.contributors, inputs, strict=True))
             scale = max(float(np.max(np.abs(x))) for x in inputs)
             error = float(np.max(np.abs(record.output[span.start : span.stop] - mean)))
-            if not error <= codec_named(receipt.codec).precision * max(scale, 1e-30):
+            if not error <= rules_of(receipt.codec).precision * max(scale, 1e-30):
                 names = ", ".join(peer[:8] for peer in span.contributors)
                 self.complain(
                     record.at, f"{where}: {span.start} to {span.stop} is {error:.2e} away from the mean of {names}"

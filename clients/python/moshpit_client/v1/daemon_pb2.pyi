@@ -195,8 +195,10 @@ class OpenSessionRequest(_message.Message):
     rounds: _builtins.int
     """Rounds an averaging; 0 means auto: as many as the grid has axes, which gives the exact mean."""
     codec: _builtins.str
-    """How values travel between peers: "float32" (default: lossless for every type), "float16", "bfloat16", or block-wise
-    integers "flash<bits>[-<all-gather bits>][:<group>][+spikes]" with 2 to 8 bits and groups of 128 (default) or 32.
+    """How values travel between peers: "float32" (default: lossless for every type), "float16", "bfloat16", block-wise integers
+    "flash<bits>[-<all-gather bits>][:<group>][+spikes][+anchored]" with 2 to 8 bits and groups of 128 (default) or 32, or
+    "auto". A codec for each tensor: "PATTERN=CODEC,..." of which the first that fits its name, or "size<N", counts:
+    "*.bias=float32,size<4096=float32,*=flash4-8".
     """
     min_peers: _builtins.int
     """Begin an averaging only when this many live sessions of the same layout are there, this one included: daemons, that
@@ -926,6 +928,9 @@ class Round(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
+    CODEC_WHY_FIELD_NUMBER: _builtins.int
+    BITS_PER_ELEMENT_FIELD_NUMBER: _builtins.int
+    RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Its number within the averaging, from 0."""
     axis: _builtins.int
@@ -941,13 +946,21 @@ class Round(_message.Message):
     rank: _builtins.int
     """This peer's rank in the group."""
     codec: _builtins.str
-    """How values travelled."""
+    """How values travelled; where the session's codec is `auto`, what it was in this round."""
     transport: _builtins.str
     """By which ways: "grpc", "tcp", or both joined by a plus."""
     why: _builtins.str
     """Why the round was not complete, in words."""
     weight_after: _builtins.float
     """The weight carried into the next round."""
+    codec_why: _builtins.str
+    """Why that codec, where it was chosen for this round; and whether differences to an earlier average were coded."""
+    bits_per_element: _builtins.float
+    """What this peer sent took so many bits for each element; 0 when it sent nothing."""
+    relative_error: _builtins.float
+    """What others decode of this peer's contribution, against what it was before: norm of the difference by norm. Measured on
+    the first chunk sent and each 16th after it.
+    """
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """The group's members by rank."""
@@ -992,10 +1005,13 @@ class Round(_message.Message):
         seconds: Global___Seconds | None = ...,
         bytes: Global___Traffic | None = ...,
         links: _abc.Iterable[Global___Link] | None = ...,
+        codec_why: _builtins.str = ...,
+        bits_per_element: _builtins.float = ...,
+        relative_error: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "bytes", b"bytes", "codec", b"codec", "digest", b"digest", "dropped", b"dropped", "group_id", b"group_id", "leader", b"leader", "links", b"links", "members", b"members", "outcome", b"outcome", "rank", b"rank", "round", b"round", "seconds", b"seconds", "spans", b"spans", "transport", b"transport", "weight_after", b"weight_after", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "bits_per_element", b"bits_per_element", "bytes", b"bytes", "codec", b"codec", "codec_why", b"codec_why", "digest", b"digest", "dropped", b"dropped", "group_id", b"group_id", "leader", b"leader", "links", b"links", "members", b"members", "outcome", b"outcome", "rank", b"rank", "relative_error", b"relative_error", "round", b"round", "seconds", b"seconds", "spans", b"spans", "transport", b"transport", "weight_after", b"weight_after", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
