@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from moshpitd.averaging.codecs import rules_of
 from moshpitd.averaging.compute_budget import LEARN_DEFAULT, WARM_UP_DEFAULT, BudgetOptions
 from moshpitd.averaging.errors import InvalidInput
 from moshpitd.averaging.receipt import BudgetLine, Outcome, Receipt, RoundReceipt
@@ -146,7 +147,7 @@ def session_options(request: pb.OpenSessionRequest) -> SessionOptions:
         layout=Layout.of(specs),
         name=request.name or NAME_DEFAULT,
         rounds=request.rounds,
-        codec=request.codec or "float32",
+        codec=rules_of(request.codec or "float32").name,  # trainers that mean the same share a session
         min_peers=max(1, request.min_peers),
         joining=_JOININGS[request.joining],
         lonely_wait_s=request.lonely_wait_seconds or LONELY_WAIT_DEFAULT_S,

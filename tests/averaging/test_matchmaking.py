@@ -808,8 +808,9 @@ def test_7_an_impossible_group_is_refused(spoil: Callable[[Group], Group]) -> No
         lambda g: replace(g, j=0),
         lambda g: replace(g, axis=1),
         lambda g: group_of(ANN, BEN),
+        lambda g: replace(g, codec="flash8"),
     ],
-    ids=["k", "j", "axis", "without us"],
+    ids=["k", "j", "axis", "without us", "a codec that is not among the terms"],
 )
 def test_7_a_group_of_another_round_or_without_us_is_refused(spoil: Callable[[Group], Group]) -> None:
     seat = waiting_with(ANN, CAT)
@@ -829,6 +830,54 @@ def test_7_a_group_with_an_earlier_start_of_ours_is_declined() -> None:
     (answer,) = seat.said(Bound, ANN)
     assert "started anew" in answer.why
     assert seat.machine.group is None
+
+
+def test_7_a_group_with_another_anchor_than_ours_is_declined() -> None:
+    seat = waiting_with(ANN, CAT)
+    group = group_of(ANN, BEN, CAT)
+
+    seat.hear(Begin(replace(group, members=tuple(replace(m, anchor=b"earlier.") for m in group.members))), ANN)
+
+    (answer,) = seat.said(Bound, ANN)
+    assert "another anchor" in answer.why
+    assert seat.machine.group is None
+
+
+def test_7_a_group_is_anchored_where_all_hold_the_same() -> None:
+    group = group_of(ANN, BEN, CAT)
+    assert group.anchor == b""
+    alike = tuple(replace(m, anchor=b"12345678") for m in group.members)
+    assert replace(group, members=alike).anchor == b"12345678"
+    assert replace(group, members=(replace(alike[0], anchor=b""), *alike[1:])).anchor == b""
+    assert replace(group, members=(replace(alike[0], anchor=b"87654321"), *alike[1:])).anchor == b""
+
+
+def test_7_the_leader_says_what_auto_is() -> None:
+    slow = replace(round_of(ANN), auto_bytes=64_000_000, auto_elements=16_000_000)
+    seat = Table(Matchmaking(slow, CONFIG, random.Random(0)))
+    seat.machine.update([candidate(ANN), candidate(BEN)], (ANN, BEN), 1.0, 0.0)
+    seat.seek()
+    line = replace(member(BEN), up_bytes_s=12.5e6, down_bytes_s=12.5e6)
+    seat.hear(replace(join_of(BEN), applicant=line), BEN)
+
+    (begin,) = seat.said(Begin, BEN)
+
+    assert begin.group.codec == "flash8"
+    assert begin.group.codec_why.startswith("auto: over the slowest line, 12.5 MB/s")
+
+
+def test_7_where_the_terms_say_auto_no_other_codec_than_its_choices_is_taken() -> None:
+    for codec, taken in (("flash4-8", True), ("flash2", False), ("", False)):
+        seat = Table(Matchmaking(replace(round_of(CAT), auto_bytes=8, auto_elements=2), CONFIG, random.Random(0)))
+        seat.machine.update([candidate(ANN)], (ANN, BEN, CAT), 1.0, 0.0)
+        seat.seek()
+        begin = Begin(replace(group_of(ANN, BEN, CAT), codec=codec))
+        if taken:
+            seat.hear(begin, ANN)
+            assert seat.machine.group == begin.group
+        else:
+            with pytest.raises(RemoteProtocolError, match="impossible group"):
+                seat.hear(begin, ANN)
 
 
 def test_7_a_stranger_cannot_begin_a_group() -> None:

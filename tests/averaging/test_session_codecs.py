@@ -16,11 +16,10 @@ from moshpitd.averaging.session import Call, SessionConfig, SessionOptions
 from moshpitd.averaging.vector import Vector
 from moshpitd.simulation.checkers import Agreement, Checker, HonestReceipts
 from moshpitd.simulation.history import History
-from moshpitd.simulation.network import Weather
+from moshpitd.simulation.network import Link, Weather
 from moshpitd.simulation.swarm import Ending, Peer, Swarm
 
 Arrays = dict[str, npt.NDArray[np.floating]]
-SIZES = {f"{block}.{kind}": size for block in range(4) for kind, size in (("weight", 5000), ("bias", 77))}
 MIXED = "*.bias=float32,*=flash4+anchored"
 PLAIN = "plain: {} of {} members have no last average of this axis"
 ANCHORED = "anchored: differences to the last average of this axis were coded"
@@ -33,26 +32,31 @@ class Story:
 
     swarm: Swarm
     codec: str
+    link: Link | None = None
+    weight_elements: int = 5000
     peers: list[Peer] = field(default_factory=list)
     checkers: tuple[Checker, ...] = field(default_factory=lambda: (Agreement(), HonestReceipts()))
 
     def __post_init__(self) -> None:
         self._rng = np.random.default_rng(7)
-        self._centre: Arrays = {name: self._rng.standard_normal(size) for name, size in SIZES.items()}
+        sizes = {"weight": self.weight_elements, "bias": 77}
+        self._centre: Arrays = {
+            f"{block}.{kind}": self._rng.standard_normal(size) for block in range(4) for kind, size in sizes.items()
+        }
         self._held: dict[Peer, Arrays] = {}
         self.swarm.observers.append(History(list(self.checkers)))
 
     def join(self, count: int) -> list[Peer]:
         layout = Vector.of({name: array.astype(np.float32) for name, array in self._centre.items()}).layout
         options = SessionOptions(layout, codec=self.codec, joining="contribute")
-        came = [self.swarm.open(f"p{len(self.peers) + number}", options) for number in range(count)]
+        came = [self.swarm.open(f"p{len(self.peers) + n}", options, link=self.link) for n in range(count)]
         self.peers += came
         self.swarm.run_for(2.0)
         return came
 
     def average(self, peers: Sequence[Peer] | None = None) -> dict[Peer, Ending]:
         calls = {
-            peer: (self._near(self._held.get(peer, self._centre)), Call(timeout_s=20.0))
+            peer: (self._near(self._held.get(peer, self._centre)), Call(timeout_s=60.0))
             for peer in (self.peers if peers is None else peers)
         }
         endings = self.swarm.average(calls)
@@ -68,9 +72,11 @@ class Story:
         return Vector.of({name: array.astype(np.float32) for name, array in moved.items()})
 
 
-def story_of(n: int, codec: str, *, group_size_max: int = EVERYBODY) -> Story:
+def story_of(
+    n: int, codec: str, *, group_size_max: int = EVERYBODY, link: Link | None = None, weight_elements: int = 5000
+) -> Story:
     config = SessionConfig(chunk_bytes=1 << 15, group_size_max=group_size_max)
-    story = Story(Swarm(3, Weather(directory=(0.005, 0.005), stale_s=0.0), config), codec)
+    story = Story(Swarm(3, Weather(directory=(0.005, 0.005), stale_s=0.0), config), codec, link, weight_elements)
     story.join(n)
     return story
 
@@ -178,3 +184,16 @@ def test_while_nobody_knows_a_line_auto_is_lossless_and_says_why() -> None:
     for round_ in rounds_of(story.average()):
         assert round_.codec == "*.bias=float16,*=float32"
         assert round_.codec_why == "auto: no member knows yet what its line carries"
+
+
+@pytest.mark.parametrize(("up_bytes_s", "codec"), [(1e6, "flash8"), (1e5, "flash4-8"), (1e9, "float32")])
+def test_from_the_second_averaging_on_auto_goes_by_what_lines_showed(up_bytes_s: float, codec: str) -> None:
+    """1.6 MB of weights."""
+    link = Link(up_bytes_s=up_bytes_s)
+    story = story_of(4, "*.bias=float32,*=auto", link=link, weight_elements=100_000)
+    assert {round_.codec for round_ in rounds_of(story.average())} == {"*.bias=float32,*=float32"}
+    for _ in range(2):
+        endings = story.average()
+        assert {round_.codec for round_ in rounds_of(endings)} == {f"*.bias=float32,*={codec}"}
+        (why,) = whys(endings)
+        assert why.startswith("auto: over the slowest line, ") and "float32 takes about" in why

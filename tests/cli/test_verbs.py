@@ -106,6 +106,7 @@ def test_explain_tells_who_met_who_reduced_what_and_who_was_dropped(
         "this peer reduced elements 0 to 4,096, from all members.",
         "bbbbbbbb reduced elements 4,096 to 10,000, without cccccccc.",
         "cccccccc was dropped: stood still for 3 s.",
+        "by grpc in flash8 (auto: over the slowest line), 8.25 bits an element, off by 0.006 of its norm;",
         "01" * 32,
     ):
         assert part in told

@@ -71,6 +71,28 @@ def test_arrays_larger_than_a_message_are_averaged(daemon: Daemon) -> None:
     np.testing.assert_array_equal(small, [4, 4, 4])
 
 
+def test_a_codec_for_each_tensor_is_a_mapping(daemon: Daemon) -> None:
+    codecs = {"size<4": "float32", "large*": "flash4-8:128"}
+    with daemon.open_session({"small": ones(3), "large.w": ones(4)}, name="coded", codec=codecs):
+        (session,) = [each for each in daemon.status().sessions if each.name == "coded"]
+        assert session.codec == "size<4=float32,large*=flash4-8"
+
+
+@pytest.mark.parametrize(
+    ("codecs", "why"),
+    [
+        ({}, "give a codec for each pattern"),
+        ({"a,b": "float32"}, "'a,b': write [?] for the comma"),
+        ({"*": "flash9"}, "unknown codec 'flash9'"),
+        ({"*": "flash8", "w": "float32"}, "'w=float32' can never count"),
+        ({"b": "float32"}, "no codec for tensor 'w'"),
+    ],
+)
+def test_codecs_that_cannot_be_are_refused(daemon: Daemon, codecs: dict[str, str], why: str) -> None:
+    with pytest.raises(moshpit_client.InvalidInput, match=why):
+        daemon.open_session({"w": ones(3)}, codec=codecs)
+
+
 def test_alone_leaves_the_arrays_and_is_no_error(daemon: Daemon) -> None:
     w = ones(3)
     with daemon.open_session({"w": w}, name="alone") as session:
@@ -103,6 +125,9 @@ def test_the_receipt_is_the_contracts_json(daemon: Daemon) -> None:
                 "leader": "2" * 64,
                 "rank": 0,
                 "codec": "float32",
+                "codec_why": "auto: no member knows yet what its line carries",
+                "bits_per_element": 32.0,
+                "relative_error": 0.25,
                 "transport": "grpc",
                 "members": [
                     {"peer": "1" * 64, "weight": 2.0, "coordinate": 0},

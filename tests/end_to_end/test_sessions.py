@@ -89,6 +89,45 @@ def test_a_narrow_codec_costs_precision_and_saves_bytes_but_never_costs_equality
     assert receipts[0].bytes.received == pytest.approx(whole * bits / 32, rel=0.05)
 
 
+def test_four_bits_around_the_last_average_lose_less_than_eight_without(four: list[Peer]) -> None:
+    """Parameters: members near each other. Biases travel as they are."""
+
+    def tensors(index: int) -> dict[str, Array]:
+        rng = np.random.default_rng(index)
+        return {
+            "w": (np.arange(200_000) % 977 + rng.standard_normal(200_000)).astype(np.float32),
+            "w.bias": rng.standard_normal(1000).astype(np.float32),
+        }
+
+    off: dict[str, float] = {}
+    for codec in ("flash8", "flash4+anchored"):
+        codecs = {"*.bias": "float32", "*": codec}
+        with trainers(four, tensors, name=codec, min_peers=4, codec=codecs) as there:
+            average_all(there, WEIGHTS)
+            for number, trainer in enumerate(there):
+                trainer.tensors["w"] += np.random.default_rng(number).standard_normal(200_000).astype(np.float32)
+                trainer.tensors["w.bias"] += number
+            before = [{name: array.copy() for name, array in trainer.tensors.items()} for trainer in there]
+            receipts = average_all(there, WEIGHTS)
+            off[codec] = error(there[0].tensors["w"], mean([each["w"] for each in before], WEIGHTS))
+            assert error(there[0].tensors["w.bias"], mean([each["w.bias"] for each in before], WEIGHTS)) < 1e-6
+            assert len({trainer.tensors["w"].tobytes() for trainer in there}) == 1
+        (round_,) = receipts[0].rounds
+        assert round_.codec == f"*.bias=float32,*={codec}"
+        assert round_.codec_why.startswith("anchored" if "anchored" in codec else "")
+        assert round_.bits_per_element == pytest.approx(8.25 if codec == "flash8" else 4.25, rel=0.05)
+        assert 0 < round_.relative_error < 0.004
+    assert off["flash4+anchored"] < off["flash8"] / 2
+
+
+def test_auto_says_what_it_is_in_each_round_and_why(four: list[Peer]) -> None:
+    with trainers(four, random_tensors, name="auto", min_peers=4, codec="auto") as there:
+        receipts = average_all(there)
+    (round_,) = receipts[0].rounds
+    assert round_.codec == "float32" and round_.bits_per_element == 32.0
+    assert round_.codec_why.startswith("auto: ")
+
+
 def test_epochs_given_are_the_count_and_the_past_is_refused(four: list[Peer]) -> None:
     with trainers(four, random_tensors, name="epochs", min_peers=4) as there:
         assert {receipt.epoch for receipt in average_all(there, epoch=7)} == {7}

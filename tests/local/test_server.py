@@ -95,6 +95,14 @@ async def test_what_is_unset_has_the_documented_default(door: Door) -> None:
     assert (door.driver.calls[0].weight, door.driver.calls[0].epoch) == (1.0, None)
 
 
+async def test_trainers_that_mean_one_codec_open_the_same_session(door: Door) -> None:
+    for number, written in enumerate((" w = flash8-8:128 , *=float32", "w=flash8,*=float32")):
+        response = await anext(
+            aiter(door.stub.OpenSession(pb.OpenSessionRequest(name=str(number), tensors=[W], codec=written)))
+        )
+        assert door.driver.opened[response.session_id].codec == "w=flash8,*=float32"
+
+
 async def test_alone_brings_a_receipt_and_no_values(door: Door) -> None:
     session_id, _ = await door.session("alone")
     [receipt] = await door.average(start(session_id), chunk(0, ONES))
@@ -113,6 +121,8 @@ async def test_alone_brings_a_receipt_and_no_values(door: Door) -> None:
         (pb.OpenSessionRequest(tensors=[pb.Tensor(name="w", shape=[-2], data_type=2)]), "INVALID_ARGUMENT", "shape"),
         (pb.OpenSessionRequest(tensors=[W], rounds=10**6), "INVALID_ARGUMENT", "rounds"),
         (pb.OpenSessionRequest(tensors=[W], codec="mp3"), "INVALID_ARGUMENT", "mp3"),
+        (pb.OpenSessionRequest(tensors=[W], codec="b=float32"), "INVALID_ARGUMENT", "no codec for tensor 'w'"),
+        (pb.OpenSessionRequest(tensors=[W], codec="*=flash8,w=float32"), "INVALID_ARGUMENT", "can never count"),
         (pb.OpenSessionRequest(tensors=[W], joining=9), "INVALID_ARGUMENT", "joining 9"),
         (pb.OpenSessionRequest(tensors=[W], lonely_wait_seconds=-1), "INVALID_ARGUMENT", "lonely wait"),
         (pb.OpenSessionRequest(tensors=[W], name="n" * 201), "INVALID_ARGUMENT", "session name 'nnn"),
