@@ -48,7 +48,7 @@ from moshpitd.averaging.weighted_mean import scaled_weights, weighted_mean, weig
 
 NOT_HELD = -1
 MEASURED_EVERY = 16
-"""Of so many contributed chunks the first is decoded again, for the receipt: that costs a twentieth of encoding all."""
+"""Of so many contributed chunks the first is decoded again, for the receipt: a twentieth of what encoding them takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -1019,9 +1019,16 @@ def encode_noting_loss(
         return code  # it will be refused
     lacking = np.subtract(values, coding.decode(code, values.dtype, len(values)), out=left_out)
     if tell is not None:
-        off, norm = (float(np.square(each, dtype=np.float64).sum()) for each in (lacking, values))
-        tell((off, norm))
+        tell((_squared_norm(lacking), _squared_norm(values)))
     return code
+
+
+def _squared_norm(values: Floats) -> float:
+    wide = values if values.dtype.itemsize >= 4 else values.astype(np.float32)
+    squared = float(np.vdot(wide, wide))
+    if 0 < squared < math.inf:
+        return squared
+    return float(np.square(values, dtype=np.float64).sum())  # too large or small for float32, or nothing
 
 
 def keeping(job: Callable[[], object], output: Floats, copy: Floats) -> object:

@@ -30,7 +30,10 @@ USUAL = (
     *("float32", "float16", "bfloat16"),
     *("flash8", "flash7", "flash6", "flash5", "flash4", "flash3", "flash2"),
     *("flash4-8", "flash8:32", "flash4:32", "flash3+spikes", "flash2:32+spikes"),
+    *("flash8+anchored", "flash4+anchored"),
 )
+SPREAD = 0.01
+"""How far anchors are from what is coded around them, by norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,9 @@ class CodingFigures:
     """Of float32 values, 1e9 bytes of them a second, the fastest of all tries."""
     decode_gb_s: float
     normal: Loss
-    """Of a chunk of normally distributed values."""
+    """Of a chunk of normally distributed values; where codes are anchored, around others SPREAD away."""
     file: Loss | None
-    """Of the file's tensors."""
+    """Of the file's tensors; they have no anchor."""
 
 
 def normal_chunk() -> Floats:
@@ -66,12 +69,16 @@ def measure(codecs: Sequence[Codec], file: Vector | None = None, seconds: float 
     """In the order of the codecs, contributions first."""
     keep_memory()  # as in the daemon: else the kernel's page faults would be measured
     chunk = normal_chunk()
+    anchor = Vector.of(
+        {"w": chunk + np.float32(SPREAD) * np.random.default_rng(1).standard_normal(len(chunk), np.float32)}
+    )
     found: list[CodingFigures] = []
     for codec in codecs:
-        halves = {"both": codec.contribution}
+        here = codec.of(0, len(chunk), anchor)
+        halves = {"both": (here.contribution, codec.contribution)}
         if codec.contribution != codec.average:
-            halves = {"contributions": codec.contribution, "averages": codec.average}
-        for half, coding in halves.items():
+            halves = {"contributions": halves["both"], "averages": (here.average, codec.average)}
+        for half, (coding, plain) in halves.items():
             code = coding.encode(chunk)
             found.append(
                 CodingFigures(
@@ -80,7 +87,7 @@ def measure(codecs: Sequence[Codec], file: Vector | None = None, seconds: float 
                     encode_gb_s=_gb_s(partial(coding.encode, chunk), seconds),
                     decode_gb_s=_gb_s(partial(coding.decode, code, chunk.dtype, len(chunk)), seconds),
                     normal=_loss(coding, [chunk]),
-                    file=_loss(coding, _chunks(file)) if file else None,
+                    file=_loss(plain, _chunks(file)) if file else None,
                 )
             )
     return found
@@ -141,7 +148,8 @@ def show(found: Sequence[CodingFigures]) -> None:
     console.print(table)
     console.print(
         "bits an element; float32 a second on one core (-: nothing to do); error of normally distributed values, "
-        "relative to their norm" + (", and of the file's" if with_file else ""),
+        f"relative to their norm, where anchored {SPREAD:.0%} from their anchor"
+        + ("; and of the file's, without anchors" if with_file else ""),
         style="dim",
         soft_wrap=True,
     )

@@ -38,6 +38,14 @@ def test_people_get_a_table(moshpitd: Moshpitd) -> None:
     assert ["flash8", "8.25"] in rows and ["flash2:32+spikes", "4.50"] in rows
 
 
+def test_anchored_codes_are_measured_one_percent_from_their_anchor(moshpitd: Moshpitd) -> None:
+    done = moshpitd("bench", "codecs", "--codec", "flash4", "--codec", "flash4+anchored", "--json")
+    assert done.returncode == 0, done.stderr
+    plain, anchored = (each["normal"] for each in json.loads(done.stdout)["codecs"])
+    assert anchored["relative_error"] == pytest.approx(0.01 * plain["relative_error"], rel=0.05)
+    assert anchored["bits_per_element"] == pytest.approx(plain["bits_per_element"], rel=1e-3)
+
+
 def test_what_is_not_there_is_named(moshpitd: Moshpitd, tmp_path: Path) -> None:
     unknown = moshpitd("bench", "codecs", "--codec", "flash9")
     assert unknown.returncode == 2 and "did you mean 'flash8'?" in unknown.stderr
