@@ -20,6 +20,7 @@ from rich.console import Console
 
 from tests.benchmarks import (
     all_reduce,
+    codec_links,
     codecs,
     directory,
     exactness,
@@ -50,6 +51,7 @@ BENCHMARKS: dict[str, Callable[..., Measured]] = {
     "idle": idle.measure,
     "directory": directory.measure,
     "codecs": codecs.measure,
+    "codec_links": codec_links.measure,
 }
 BY_NAME_ONLY: dict[str, Callable[..., Measured]] = {"huge": under_load.measure_huge, "profile": profiling.measure}
 """They take minutes or need the machine's whole memory."""

@@ -162,7 +162,7 @@ def contestants(
     flags: Sequence[str] = (),
     places: Sequence[Place] = (),
 ) -> Iterator[tuple[list[Contestant], list[str]]]:
-    """All that can take part here, and in words those that cannot. `places` are for ours alone."""
+    """All that can take part here, and in words those that cannot."""
     with ExitStack() as stack:
         found: list[Contestant] = []
         missing: list[str] = []
@@ -177,7 +177,8 @@ def contestants(
             found.append(ours)
         for rival in rivals:
             try:
-                found.append(Theirs(stack.enter_context(serving(rival, peers=peers, group_size=group_size))))
+                entered = serving(rival, peers=peers, group_size=group_size, places=places)
+                found.append(Theirs(stack.enter_context(entered)))
             except Unavailable as error:
                 missing.append(f"{rival.name}: {error}")
         yield found, list(dict.fromkeys(missing))

@@ -4,7 +4,8 @@ Knows hivemind and torch; does not know moshpitd. Runs in an environment of its 
 
 The peers are made as hivemind's own benchmark_averaging.py makes them: one DHT with its own p2pd and one averager
 process each, the initial group bits dealt out evenly so that every bucket starts full and, by hivemind's rule for the
-next bits, stays full. Nothing is compressed, so the bytes on the wire are those of a float32 averaging elsewhere.
+next bits, stays full. Without `--compression` nothing is compressed, so the bytes on the wire are those of a float32
+averaging elsewhere. With `--places` each peer's p2pd, through which all its traffic goes, runs in a network namespace.
 
 `seconds` runs from the barrier that releases all peers to the last `step` that returned: matchmaking and data.
 `data_seconds` is the slowest peer's part of it between an assembled group and averaged tensors. A round in which a
@@ -15,17 +16,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TextIO
 
 import hivemind
+import numpy as np
 import torch
+from hivemind.compression import CompressionBase, NoCompression, Uniform8BitQuantization, quantization
+
+# See hivemind_codecs.py: without this its 8-bit codecs cannot decode.
+quantization.int = lambda value: int(np.asarray(value).reshape(-1)[0])
+
+COMPRESSIONS: dict[str, CompressionBase] = {"none": NoCompression(), "uniform8": Uniform8BitQuantization()}
+LOSSY_ERROR_MAX = 0.05
+"""Of what comes out of an 8-bit averaging, by norm."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,8 @@ class Settings:
     request_timeout: float
     """Must be smaller than min_matchmaking_time, or hivemind's matchmaking can deadlock."""
     step_timeout: float
+    compression: str
+    """One of COMPRESSIONS."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +74,34 @@ class TimedAverager(hivemind.DecentralizedAverager):
 
 
 @contextlib.contextmanager
-def dhts_of(peers: int) -> Iterator[list[hivemind.DHT]]:
-    """One a peer, shut down in the end, whatever happened."""
+def dhts_of(peers: int, places: list[tuple[str, str]]) -> Iterator[list[hivemind.DHT]]:
+    """One a peer, in its (namespace, address) if there are any; shut down in the end, whatever happened."""
     with contextlib.ExitStack() as stack:
         dhts: list[hivemind.DHT] = []
-        for _ in range(peers):
+        for index in range(peers):
             known = dhts[0].get_visible_maddrs() if dhts else []
-            dhts.append(hivemind.DHT(initial_peers=known, start=True))
+            with inside(places[index][0]) if places else contextlib.nullcontext():
+                here = {"host_maddrs": [f"/ip4/{places[index][1]}/tcp/0"]} if places else {}
+                dhts.append(hivemind.DHT(initial_peers=known, start=True, **here))
             stack.callback(dhts[-1].shutdown)
         yield dhts
+
+
+@contextlib.contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """Processes started here live in this network namespace; they talk to us through sockets of the file system."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def enter(place: TextIO) -> None:
+        if libc.setns(place.fileno(), 0):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), place.name)
+
+    with open("/proc/self/ns/net") as ours, open(f"/var/run/netns/{namespace}") as theirs:
+        enter(theirs)
+        try:
+            yield
+        finally:
+            enter(ours)
 
 
 @contextlib.contextmanager
@@ -88,6 +122,7 @@ def averagers_of(
                 target_group_size=group_size,
                 min_matchmaking_time=settings.min_matchmaking_time,
                 request_timeout=settings.request_timeout,
+                compression=COMPRESSIONS[settings.compression],
                 start=True,
             )
             stack.callback(averager.shutdown)
@@ -130,10 +165,13 @@ class Peers:
         return {"version": f"hivemind {hivemind.__version__}, torch {torch.__version__}"}
 
     def fill(self) -> dict[str, object]:
-        """Peer i's elements are all i."""
+        """Peer i's elements are all i; where they are compressed, normally distributed."""
         for index, averager in enumerate(self._averagers):
             with averager.get_tensors() as (tensor,):
-                tensor.fill_(float(index))
+                if self._settings.compression == "none":
+                    tensor.fill_(float(index))
+                else:
+                    tensor.normal_(generator=torch.Generator().manual_seed(index))
         return {}
 
     def round(self) -> dict[str, object]:
@@ -145,11 +183,14 @@ class Peers:
         is_whole = not failed and {step.group_size for step in steps} == {self._group_size}
         for failure in failed:
             print(failure, file=sys.stderr, flush=True)
+        is_right = not is_whole or self._is_right()
+        if self._settings.compression != "none":  # by its value alone nobody can tell a peer that was late
+            is_whole, is_right = is_whole and is_right, True
         return {
             "seconds": max(ends) - min(begins),
             "data_seconds": max(step.data_seconds or 0.0 for step in steps),
             "is_whole": is_whole,
-            "is_right": not is_whole or self._is_right(),
+            "is_right": is_right,
         }
 
     def _is_right(self) -> bool:
@@ -157,6 +198,14 @@ class Peers:
         if self._group_size != len(self._averagers):
             return True
         with self._averagers[0].get_tensors() as (tensor,):
+            if self._settings.compression != "none":
+                mean = torch.zeros_like(tensor)
+                for index in range(len(self._averagers)):
+                    mean += torch.randn(len(mean), generator=torch.Generator().manual_seed(index))
+                mean /= len(self._averagers)
+                error = float((tensor - mean).norm() / mean.norm())
+                print(f"off by {error:.3g} of the mean's norm", file=sys.stderr, flush=True)
+                return error < LOSSY_ERROR_MAX
             mean = (len(self._averagers) - 1) / 2
             return bool((tensor.min() - mean).abs() < 1e-4 and (tensor.max() - mean).abs() < 1e-4)
 
@@ -181,9 +230,17 @@ def main() -> None:
     parser.add_argument("--min-matchmaking-time", type=float, default=5.0)
     parser.add_argument("--request-timeout", type=float, default=3.0)
     parser.add_argument("--step-timeout", type=float, default=60.0)
+    parser.add_argument("--compression", choices=COMPRESSIONS, default="none")
+    parser.add_argument("--places", default="", help="namespace:address of each peer, with commas")
     arguments = parser.parse_args()
-    settings = Settings(arguments.min_matchmaking_time, arguments.request_timeout, arguments.step_timeout)
-    with dhts_of(arguments.peers) as dhts, contextlib.closing(Peers(dhts, arguments.group_size, settings)) as peers:
+    settings = Settings(
+        arguments.min_matchmaking_time, arguments.request_timeout, arguments.step_timeout, arguments.compression
+    )
+    places = [tuple(place.split(":")) for place in arguments.places.split(",") if place]
+    with (
+        dhts_of(arguments.peers, places) as dhts,
+        contextlib.closing(Peers(dhts, arguments.group_size, settings)) as peers,
+    ):
         for line in sys.stdin:
             match json.loads(line):
                 case {"do": "open", "megabytes": megabytes}:

@@ -33,6 +33,7 @@ TCP_PAYLOAD = 0.956
 class Rate(Enum):
     """An uplink: megabits a second, and how `tbf` gets there without bursts that hide it or queues that drop it."""
 
+    MBIT_25 = (25, "16k", "256k")
     MBIT_100 = (100, "32k", "512k")
     GBIT_1 = (1000, "512k", "4m")
 
@@ -47,8 +48,9 @@ class Rate(Enum):
 
 
 @contextlib.contextmanager
-def shaped_net(uplinks: Sequence[Rate]) -> Iterator[list[Place]]:
-    """So many places that see each other and nobody else. Raises Unavailable, saying what it would need."""
+def shaped_net(uplinks: Sequence[Rate | None]) -> Iterator[list[Place]]:
+    """So many places that see each other and nobody else; None: not shaped. Raises Unavailable, saying what it would
+    need."""
     _require()
     _sweep()
     hub = f"{NAME}-{os.getpid()}-hub"
@@ -67,9 +69,10 @@ def shaped_net(uplinks: Sequence[Rate]) -> Iterator[list[Place]]:
             _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "eth0", "up", "mtu", "1500")
             _ip("-n", name, "link", "set", "lo", "up")
-            mbit, burst, limit = uplink.value
-            shape = ("root", "tbf", "rate", f"{mbit}mbit", "burst", burst, "limit", limit)
-            _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", *shape)
+            if uplink is not None:
+                mbit, burst, limit = uplink.value
+                shape = ("root", "tbf", "rate", f"{mbit}mbit", "burst", burst, "limit", limit)
+                _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", *shape)
             places.append(Place(address, ("ip", "netns", "exec", name)))
         yield places
     finally:

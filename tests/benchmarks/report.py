@@ -232,6 +232,10 @@ def _pictures(records: Mapping[str, Record]) -> list[Path]:
     drawn: list[Path] = []
     if "all_reduce" in records:
         drawn.append(_draw_all_reduce(records["all_reduce"].measured.details))
+    if "codecs" in records:
+        drawn.append(_draw_codecs(records["codecs"].measured.details))
+    if "codec_links" in records:
+        drawn.append(_draw_codec_links(records["codec_links"].measured.details))
     for name, unit, title in (
         ("links", "%", "of the nominal rate, or of plain TCP in the same net"),
         ("local_hop", "%", "what the local hop adds to a step"),
@@ -265,6 +269,57 @@ def _draw_all_reduce(details: Mapping[str, Any]) -> Path:
     all_axes[0][0].set_ylabel("GB of vector a second")
     all_axes[0][-1].legend(fontsize=7)
     return _save(figure, "all_reduce")
+
+
+def _draw_codecs(details: Mapping[str, Any]) -> Path:
+    """What a codec loses over what it sends, each half of a codec once."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.4))
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for each in details["moshpitd"]:
+        name, loss = each["codec"], each["normal"]
+        if each["half"] != "both" or not loss["relative_error"]:
+            continue
+        kind = next((kind for kind in ("anchored", "spikes", ":32", "flash") if kind in name), "cast")
+        points.setdefault(kind, []).append((loss["bits_per_element"], loss["relative_error"], name))
+    theirs = details.get("hivemind", {"codecs": []})["codecs"]
+    points["hivemind"] = [(each["bits_per_element"], each["relative_error"], each["codec"]) for each in theirs]
+    ours = iter((*OUR_COLOURS, "#8c564b"))
+    for kind, each in points.items():
+        bits, errors, names = zip(*sorted(each), strict=True) if each else ((), (), ())
+        joined = "-" if kind in ("flash", ":32", "anchored") else ""
+        axes.plot(bits, errors, marker="o", linestyle=joined, color=COLOURS.get(kind) or next(ours))
+        for at, off, name in zip(bits, errors, names, strict=True):
+            named, below = (f"hivemind {name}", -9) if kind == "hivemind" else (name, 3)
+            axes.annotate(named, (at, off), xytext=(5, below), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="bits an element", ylabel="error, by norm", yscale="log")
+    axes.set_title("normally distributed values; anchored: 1 % from their anchor", fontsize=9)
+    axes.grid(alpha=0.3, which="both")
+    axes.margins(x=0.18)
+    return _save(figure, "codecs")
+
+
+def _draw_codec_links(details: Mapping[str, Any]) -> Path:
+    """Round time by codec, one group of bars a link."""
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(name for samples in details.values() for name in samples))
+    figure, axes = pyplot.subplots(figsize=(8.4, 4.2))
+    ours = iter((*OUR_COLOURS, "#8c564b", "#e377c2"))
+    for place, name in enumerate(names):
+        colour = COLOURS["hivemind"] if "hivemind" in name else next(ours)
+        for link, samples in enumerate(details.values()):
+            if name in samples:
+                seconds = sorted(sample["data_s"] for sample in samples[name])[len(samples[name]) // 2]
+                at = link + (place - len(names) / 2) * 0.8 / len(names)
+                axes.bar(at, seconds, 0.75 / len(names), color=colour, label=name if link < 1 or "hive" in name else "")
+                axes.annotate(f"{seconds:.2g}", (at, seconds), ha="center", va="bottom", fontsize=6)
+    axes.set_xticks(range(len(details)), list(details))
+    axes.set(ylabel="seconds of a round", yscale="log")
+    axes.set_title("4 peers, 16 MB of float32", fontsize=9)
+    axes.legend(fontsize=7)
+    return _save(figure, "codec_links")
 
 
 def _draw_bars(name: str, title: str, figures: Sequence[Figure]) -> Path:

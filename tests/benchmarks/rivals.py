@@ -25,13 +25,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 import psutil
 
 from tests.benchmarks.figures import WrongResult
+from tests.benchmarks.swarm import Place
 
 BESIDE = Path(__file__).resolve().parent
 CACHE_DIR = BESIDE.parent.parent / ".bench"
@@ -61,6 +62,13 @@ class Rival:
     pip_flags: tuple[str, ...] = ()
     platforms: tuple[tuple[str, str], ...] = ()
     """(system, machine) it exists for; empty: whatever has a wheel."""
+    flags: tuple[str, ...] = ()
+    """Of its script."""
+
+    @property
+    def package(self) -> str:
+        """What is installed: rivals that differ in flags share an environment."""
+        return Path(self.requirements).name.partition("_")[0]
 
 
 GLOO = Rival(
@@ -78,6 +86,10 @@ HIVEMIND = Rival(
     ("--only-binary", "hivemind"),
     (("linux", "x86_64"),),
 )
+
+
+HIVEMIND_8BIT = replace(HIVEMIND, name="hivemind 8-bit", flags=("--compression", "uniform8"))
+"""Its fastest 8-bit codec."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +164,15 @@ def tree_cpu_seconds(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def serving(rival: Rival, *, peers: int, group_size: int | None = None) -> Iterator[Serving]:
-    """So many peers of it, in groups of a size (all in one, unless said). Raises Unavailable."""
+def serving(
+    rival: Rival, *, peers: int, group_size: int | None = None, places: Sequence[Place] = ()
+) -> Iterator[Serving]:
+    """So many peers of it, in groups of a size (all in one, unless said), in namespaces if there are places for them:
+    then it must be hivemind. Raises Unavailable."""
     python = make_environment(rival)
-    command = [str(python), str(BESIDE / rival.script), "--peers", str(peers)]
+    command = [str(python), str(BESIDE / rival.script), "--peers", str(peers), *rival.flags]
+    if places:
+        command += ["--places", ",".join(f"{place.prefix[-1]}:{place.address}" for place in places)]
     command += ["--group-size", str(group_size or peers)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -186,7 +203,7 @@ def make_environment(rival: Rival) -> Path:
         raise Unavailable(f"{rival.name} exists for {there}, and this is {' on '.join(here)}")
     requirements = BESIDE / rival.requirements
     digest = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:12]
-    home = CACHE_DIR / f"{rival.name.lower()}-{digest}"
+    home = CACHE_DIR / f"{rival.package}-{digest}"
     python = home / "bin" / "python"
     stamp = home / "checked"
     if not stamp.exists():
