@@ -48,7 +48,7 @@ from moshpitd.averaging.weighted_mean import scaled_weights, weighted_mean, weig
 
 NOT_HELD = -1
 MEASURED_EVERY = 16
-"""Of so many contributed chunks the first is decoded again, for the receipt: a twentieth of what encoding them takes."""
+"""Of so many contributed chunks the first is decoded again, for the receipt: a twentieth of what coding them takes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from typing import assert_never
 
 from moshpitd.averaging.all_reduce import AllReduce, Outgoing
 from moshpitd.averaging.all_reduce import State as ReductionState
-from moshpitd.averaging.codecs import codec_named
+from moshpitd.averaging.codecs import rules_of
 from moshpitd.averaging.cohort import COHORT_MAX, Cohort, CohortStatus
 from moshpitd.averaging.effects import Compute, Effect, Failed, Finished, Log, OpenStreams, Send
 from moshpitd.averaging.errors import InvalidInput, Precondition, RemoteProtocolError, SessionError, Unavailable
@@ -177,8 +177,10 @@ class WaitAvoiding:
     ) -> None:
         assert options.wait_avoidance is not None
         options.check()
-        self._codec = codec_named(options.codec)
-        self.options = replace(options, codec=self._codec.name)
+        self._rules = rules_of(options.codec)
+        self.options = replace(options, codec=self._rules.name)
+        self._codec = self._rules.with_auto("float32").over(options.layout)
+        self._codec_why = ""
         self.state = State.OUT
         self._avoidance = options.wait_avoidance
         self._config = config
@@ -772,7 +774,8 @@ class WaitAvoiding:
             digest=reduction.digest,
             leader=group.leader,
             rank=reduction.rank,
-            codec=self.options.codec,
+            codec=self._codec.name,
+            codec_why=self._codec_why,
             transport="+".join(sorted(set(reduction.transports.values()))),
             members=tuple(MemberLine(m.peer, m.weight, m.coordinate) for m in group.members),
             links=tuple(LinkLine(group.members[r].peer, name) for r, name in sorted(reduction.transports.items())),
@@ -784,6 +787,8 @@ class WaitAvoiding:
             seconds_reduce=now - running.began_at,
             bytes_sent=reduction.bytes_sent,
             bytes_received=reduction.bytes_received,
+            bits_per_element=reduction.bits_per_element,
+            relative_error=reduction.relative_error,
         )
         return Sum(running.version, running.result, receipt, contributors)
 
@@ -947,6 +952,9 @@ class WaitAvoiding:
         skipped = self._skipped(number)
         version = VersionReceipt(number, "barrier", not receipt.joined, 0, skipped, contributors, cohort.id)
         self._cohort = cohort
+        # What `auto` was at the barrier it is until the next: all members know that alike. Versions have no anchors.
+        self._codec = self._rules.with_auto(group.codec).over(self.options.layout)
+        self._codec_why = group.codec_why
         self._finished = self._activated = self._own = number
         self._posts.newest.version = number
         if receipt.joined:  # what a newcomer brought along is in no mean, and must get into no sum

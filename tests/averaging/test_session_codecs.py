@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from moshpitd.averaging.cohort import WaitAvoidance
 from moshpitd.averaging.errors import InvalidInput, Precondition
 from moshpitd.averaging.messages import Chunk
 from moshpitd.averaging.receipt import Outcome, RoundReceipt
@@ -34,6 +35,8 @@ class Story:
     codec: str
     link: Link | None = None
     weight_elements: int = 5000
+    avoidance: WaitAvoidance | None = None
+    min_peers: int = 1
     peers: list[Peer] = field(default_factory=list)
     checkers: tuple[Checker, ...] = field(default_factory=lambda: (Agreement(), HonestReceipts()))
 
@@ -44,11 +47,14 @@ class Story:
             f"{block}.{kind}": self._rng.standard_normal(size) for block in range(4) for kind, size in sizes.items()
         }
         self._held: dict[Peer, Arrays] = {}
-        self.swarm.observers.append(History(list(self.checkers)))
+        if self.checkers:  # they know no versions
+            self.swarm.observers.append(History(list(self.checkers)))
 
     def join(self, count: int) -> list[Peer]:
         layout = Vector.of({name: array.astype(np.float32) for name, array in self._centre.items()}).layout
-        options = SessionOptions(layout, codec=self.codec, joining="contribute")
+        options = SessionOptions(
+            layout, codec=self.codec, joining="contribute", wait_avoidance=self.avoidance, min_peers=self.min_peers
+        )
         came = [self.swarm.open(f"p{len(self.peers) + n}", options, link=self.link) for n in range(count)]
         self.peers += came
         self.swarm.run_for(2.0)
@@ -197,3 +203,25 @@ def test_from_the_second_averaging_on_auto_goes_by_what_lines_showed(up_bytes_s:
         assert {round_.codec for round_ in rounds_of(endings)} == {f"*.bias=float32,*={codec}"}
         (why,) = whys(endings)
         assert why.startswith("auto: over the slowest line, ") and "float32 takes about" in why
+
+
+# ---- without waiting
+
+
+@pytest.mark.parametrize(
+    ("codec", "in_versions", "why"),
+    [
+        (MIXED, MIXED, ""),
+        ("*.bias=float16,*=auto", "*.bias=float16,*=float32", "auto: no member knows yet what its line carries"),
+    ],
+)
+def test_versions_travel_as_their_barrier_did_and_without_anchors(codec: str, in_versions: str, why: str) -> None:
+    swarm = Swarm(3, Weather(directory=(0.005, 0.005), stale_s=0.0), SessionConfig(chunk_bytes=1 << 15))
+    story = Story(swarm, codec, avoidance=WaitAvoidance(2, 4, False), min_peers=4, checkers=())
+    story.join(4)
+    story.average()
+    for _ in range(3):
+        story.swarm.run_for(1.0)
+        endings = story.average()
+        assert {ending.told.version.kind for ending in endings.values() if ending.told.version} == {"fresh"}
+        assert {(round_.codec, round_.codec_why) for round_ in rounds_of(endings)} == {(in_versions, why)}
