@@ -96,7 +96,7 @@ def test_four_bits_around_the_last_average_lose_less_than_eight_without(four: li
         rng = np.random.default_rng(index)
         return {
             "w": (np.arange(200_000) % 977 + rng.standard_normal(200_000)).astype(np.float32),
-            "w.bias": rng.standard_normal(1000).astype(np.float32),
+            "w.bias": rng.standard_normal(100).astype(np.float32),
         }
 
     off: dict[str, float] = {}
