@@ -45,10 +45,11 @@ from moshpitd.averaging.errors import (
     Unavailable,
 )
 from moshpitd.averaging.link import LinkRates
+from moshpitd.averaging.machine import Machine, machine_for
 from moshpitd.averaging.messages import Address, Chunk, Message, Record, Sighting
 from moshpitd.averaging.names import GroupId, Key, PeerId, Rank, short
 from moshpitd.averaging.receipt import BudgetLine, Receipt
-from moshpitd.averaging.session import Call, Session, SessionConfig, SessionOptions, SessionStatus, Whereabouts
+from moshpitd.averaging.session import Call, SessionConfig, SessionOptions, SessionStatus, Whereabouts
 from moshpitd.averaging.vector import Vector
 from moshpitd.directory import Directory, DirectoryError
 from moshpitd.identity import Identity, peer_id, verify
@@ -183,7 +184,7 @@ class Driver:
             )
         loop = asyncio.get_running_loop()
         last_k = self._last_k.get((options.name, options.layout.digest), -1)
-        machine = Session(
+        machine = machine_for(
             options,
             self._session_config,
             self._here,
@@ -265,6 +266,11 @@ class Driver:
         """Whether nothing that is still under way in this session may write to this buffer."""
         running = self._running.get(session_id)
         return running is not None and running.machine.is_free(spare)
+
+    def holds(self, session_id: str, vector: Vector) -> bool:
+        """Whether this buffer, written by the trainer for a call that has ended, may still be read: see `Machine`."""
+        running = self._running.get(session_id)
+        return running is not None and running.machine.holds(vector)
 
     async def run_jobs(self, jobs: Iterable[Callable[[], None]], total_bytes: int) -> None:
         """Do all, in any order: on the loop, with its turn between two, if they are little in all, else in threads."""
@@ -476,7 +482,7 @@ class Driver:
 class Running:
     """One session on the loop: its machine, its timer, its trainer's open call."""
 
-    def __init__(self, session_id: str, machine: Session, driver: Driver) -> None:
+    def __init__(self, session_id: str, machine: Machine, driver: Driver) -> None:
         self.session_id = session_id
         self.machine = machine
         self.ending: asyncio.Future[Averaged] | None = None

@@ -65,6 +65,12 @@ class Households:
         home = self._homes.get(options.name)
         if home is None:
             home = self._homes[options.name] = _Home(self._driver, options, self._config)
+        elif options.wait_avoidance or home.options.wait_avoidance:
+            raise Precondition(
+                f"session {options.name!r} has a trainer on this daemon, and a wait-avoiding session takes one a "
+                "daemon, which puts in that trainer's last model while it computes: start another daemon for this "
+                "trainer, or give its session another name"
+            )
         elif difference := _first_difference(options, home.options):
             raise Precondition(
                 f"session {options.name!r} is open on this daemon with other tensors or options: {difference}. "
@@ -138,6 +144,11 @@ class Households:
         line = self._driver.set_budget(home.session_id, options)
         home.budgets[session_id] = options
         return line
+
+    def holds(self, session_id: str, vector: Vector) -> bool:
+        """Whether the trainer, none of whose calls is under way, must not write into this buffer all the same."""
+        home = self._home_of.get(session_id)
+        return home is not None and self._driver.holds(home.session_id, vector)
 
     def sessions(self) -> list[HouseholdLine]:
         """All of them; being asked makes them look again who is there."""

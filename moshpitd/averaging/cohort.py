@@ -41,18 +41,18 @@ class WaitAvoidance:
     """Each call is the next version, also a late one: between barriers all trainers make the same number of steps.
     Without it a late trainer goes on from where the others are."""
 
-    def check(self, *, min_peers: int, rounds: int = 0, compressor: str = "dense", normalise: str = "weights") -> None:
+    def check(self, *, min_peers: int, rounds: int = 0, compressor: str = "dense") -> None:
         """Raises InvalidInput that names what is wrong."""
         if not 2 <= self.group_size <= COHORT_MAX:
             raise InvalidInput(f"group size {self.group_size}: a version adds up 2 to {COHORT_MAX} models")
         if not 1 <= self.barrier_every <= BARRIER_EVERY_MAX:
             raise InvalidInput(f"barrier every {self.barrier_every}: must be 1 to {BARRIER_EVERY_MAX} versions")
         if min_peers > COHORT_MAX:
-            raise InvalidInput(f"min_peers {min_peers}: a barrier of a wait-avoiding session takes {COHORT_MAX} peers")
+            raise InvalidInput(f"min_peers {min_peers}: barriers of a wait-avoiding session take {COHORT_MAX} peers")
         if self.group_size > min_peers:
             raise InvalidInput(
-                f"group size {self.group_size} is larger than the smallest cohort, min_peers {min_peers}: "
-                "give as min_peers how many peers a barrier needs, and a group size of at most that"
+                f"group size {self.group_size} is larger than the first cohort may be, min_peers {min_peers}: "
+                "give as min_peers how many peers the first barrier needs, and a group size of at most that"
             )
         if rounds not in (0, 1):
             raise InvalidInput(f"rounds {rounds}: a version of a wait-avoiding session is one round along one axis")
@@ -60,11 +60,6 @@ class WaitAvoidance:
             raise InvalidInput(
                 f"compressor {compressor!r} in a wait-avoiding session: it sums models of different ages, and error "
                 "feedback needs gradients of one step; use a codec to send fewer bytes"
-            )
-        if normalise != "weights":
-            raise InvalidInput(
-                f"normalise {normalise!r} in a wait-avoiding session: compute budgets (DropCompute) shorten steps so "
-                "that nobody waits, wait avoidance does without; choose one of them"
             )
 
     @property

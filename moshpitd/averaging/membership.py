@@ -92,7 +92,7 @@ class Membership:
         self._terms = terms.digest
         self._pin = pin
         self._limit = group_size_max
-        self._min_peers = min_peers
+        self.min_peers = min_peers
         self._credentials = credentials
         self._opened_at = now
         self._heard_over = -1
@@ -454,7 +454,7 @@ class Membership:
     def sessions_needed(self) -> int:
         """How many sessions must be there before there can be a first plan."""
         pin = self._pin_in_force()
-        return max(self._min_peers, math.prod(parse_sides(pin)) if pin else 1)
+        return max(self.min_peers, math.prod(parse_sides(pin)) if pin else 1)
 
     def pin_conflict(self) -> str | None:
         """In words, when our daemon's pinned grid is not the one most others are pinned to."""

@@ -142,7 +142,8 @@ class SessionOptions:
     codec: str = "float32"
     """As rules_of reads it."""
     min_peers: int = 1
-    """Begin an averaging only when this many live sessions, ours included, are there."""
+    """Begin an averaging only when this many live sessions, ours included, are there. Without waiting: only the swarm's
+    first barrier; later ones take whoever is alive, so that the death of one does not end the training of all."""
     joining: str = "receive"
     """receive: a newcomer's first averaging has weight 0; contribute: its values count at once."""
     lonely_wait_s: float = LONELY_WAIT_DEFAULT_S
@@ -383,6 +384,8 @@ class Session:
         self._plans_asked = 0
         self._was_late = False
         """We came too late, by little: nobody may expect us next time, if we do not say so."""
+        self._k_met: int | None = None
+        """What the others counted when we first saw any."""
         self._looked_at = -math.inf
         """When the directory last told a call who is there."""
         self._promised_until = -math.inf
@@ -403,7 +406,7 @@ class Session:
     def set_budget(self, options: BudgetOptions, now: float) -> None:
         """Give the session a compute budget, or change it. Raises InvalidInput and, while an averaging is under way,
         Precondition."""
-        options.check()  # of a wait-avoiding session: options.check(averaging=self.options.averaging)
+        options.check()
         if self._budget is not None and options == self._budget.options:
             return
         if self._current is not None:
@@ -738,6 +741,7 @@ class Session:
             self._fail(Precondition(f"{conflict}: restart it with the swarm's grid, or with --grid auto"))
             return
         live = self._members.live_count()
+        self._notice_cohort()
         lonely = live == 1 and self._members.sessions_needed() <= 1
         if not current.roster_seen and now < current.started_at + 2.0:
             self._look_up_if_due(now)
@@ -748,16 +752,30 @@ class Session:
         if live > 1:  # we may have started before we knew what the swarm counts
             current.k = self._choose_k_again(current)
         plan = self._plan_in_force()
-        if live < max(2, self.options.min_peers) or plan is None:
+        if live < max(2, self._members.min_peers) or plan is None:
             self._make_plan_if_due(now)
             plan = self._plan_in_force()
-        if live < max(2, self.options.min_peers) or plan is None:
+        if live < max(2, self._members.min_peers) or plan is None:
             self._look_up_if_due(now)
             return
         newcomer = self._last_k < 0 and self.options.joining == "receive"
         current.joined = newcomer and self._members.has_history(current.k)
         current.weight = 0.0 if current.joined else current.call.weight
         self._begin_round(now)
+
+    def _notice_cohort(self) -> None:
+        """Without waiting nobody needs `min_peers` any more once a barrier was passed: by us, or by the others while we
+        looked on. What they hold when we meet them says nothing: all of them may be waiting for their first one too,
+        with counts of trainers that came before."""
+        if self.options.wait_avoidance is None:
+            return
+        if self._members.live_count() > 1:
+            k = self._members.current_k()
+            self._k_met = k if self._k_met is None else self._k_met
+            if k > self._k_met:
+                self._members.min_peers = 1
+        if any(self.outcomes.get(outcome.value) for outcome in (Outcome.COMPLETE, Outcome.PARTIAL)):
+            self._members.min_peers = 1
 
     def _choose_k_again(self, current: Averaging) -> int:
         if current.call.epoch is not None:

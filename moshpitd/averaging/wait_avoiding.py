@@ -38,6 +38,7 @@ from moshpitd.averaging.all_reduce import AllReduce, Outgoing
 from moshpitd.averaging.all_reduce import State as ReductionState
 from moshpitd.averaging.codecs import rules_of
 from moshpitd.averaging.cohort import COHORT_MAX, Cohort, CohortStatus
+from moshpitd.averaging.compute_budget import BudgetOptions
 from moshpitd.averaging.effects import Compute, Effect, Failed, Finished, Log, OpenStreams, Send
 from moshpitd.averaging.errors import InvalidInput, Precondition, RemoteProtocolError, SessionError, Unavailable
 from moshpitd.averaging.grid import format_sides
@@ -229,6 +230,16 @@ class WaitAvoiding:
         self._take_barrier_effects(now)
 
     # ---- commands
+
+    def set_budget(self, options: BudgetOptions, now: float) -> None:
+        """Refused: nobody waits here for whom a compute budget could save time. Raises InvalidInput."""
+        options.check("wait_avoiding")
+
+    def weighed(self, call: Call, now: float) -> Call:
+        """All models weigh the same. Raises InvalidInput for a step under a compute budget."""
+        if call.micro_batch_s:
+            raise InvalidInput("latencies of micro-batches in a wait-avoiding session, which takes no compute budget")
+        return call
 
     def start(self, call: Call, vector: Vector, now: float, *, spares: Sequence[Vector] = ()) -> None:
         """Post the vector and wait for what comes of it. It stays ours after the end too, until another one was posted
@@ -941,7 +952,7 @@ class WaitAvoiding:
         early, self._early_words = self._early_words, {}
         if receipt.outcome is Outcome.ALONE:
             version = VersionReceipt(self._own, "alone", False, 0, 0, (), b"")
-            self._conclude(replace(receipt, version=version), result, State.OUT, now)
+            self._conclude(replace(receipt, epoch=self._own, version=version), result, State.OUT, now)
             return
         assert group is not None
         assert self._posts.newest is not None
@@ -961,7 +972,7 @@ class WaitAvoiding:
             self._posts.newest = Post(result, number)
         self._versions = {cohort.group_id(v): v for v in range(number + 1, number + tau)}
         self._effects.append(Log(f"cohort of {len(cohort.members)}, {format_sides(cohort.sides)}, from {number} on"))
-        self._conclude(replace(receipt, version=version), result, State.COMPUTING, now)
+        self._conclude(replace(receipt, epoch=number, version=version), result, State.COMPUTING, now)
         for sender, words in early.items():
             for word in words:
                 with suppress(RemoteProtocolError):  # not the fault of whose message is being received

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from moshpitd.averaging.names import PeerId, short
-from moshpitd.cli.forms import NORMALISATIONS, OUTCOMES
+from moshpitd.cli.forms import KINDS, NORMALISATIONS, OUTCOMES
 from moshpitd.cli.tables import amount, budget
 from moshpitd.local.v1 import daemon_pb2 as pb
 
@@ -25,6 +25,8 @@ def sentences(receipt: pb.Receipt, only_round: int | None, own: str) -> Iterator
     """The averaging as the peer `own` saw it; one of its rounds or all."""
     if only_round is None:
         yield from _averaging(receipt)
+        if receipt.HasField("version"):
+            yield from _version(receipt.version, own)
     for round_ in receipt.rounds:
         if only_round in (None, round_.round):
             yield from _round(receipt, round_, own)
@@ -61,6 +63,31 @@ def _averaging(receipt: pb.Receipt) -> Iterator[str]:
         f"It took {seconds.total:.3f} s: {seconds.matchmaking:.3f} s to find the groups, {seconds.reduce:.3f} s to "
         f"exchange and reduce. {amount(receipt.bytes.sent)} went out, {amount(receipt.bytes.received)} came in."
     )
+
+
+def _version(version: pb.Version, own: str) -> Iterator[str]:
+    others = len(version.contributors)
+    match KINDS[version.kind]:
+        case "barrier":
+            yield f"Version {version.version} was a barrier: all waited for all, {others} models make the mean."
+        case "fresh":
+            yield f"Version {version.version} is the mean of {others} models, the posted one among them."
+        case "merge":
+            yield (
+                f"The trainer came late for version {version.version}: its result is the sum of that one's {others} "
+                f"models and the posted one, divided by {others + 1}."
+            )
+            if version.staleness:
+                yield f"Its daemon had put in a model {version.staleness} versions old meanwhile."
+        case _:
+            yield f"Nobody else was in version {version.version}: the result is the posted model."
+    if version.skipped:
+        yield f"The trainer takes no part any more in {version.skipped} versions that it missed."
+    for each in version.contributors:
+        if not each.HasField("posted"):
+            yield f"  The model of {_who(each.peer, own)} is in it, which did not say how old it is."
+        elif each.posted < version.version:
+            yield f"  The model of {_who(each.peer, own)} was posted for version {each.posted}."
 
 
 def _round(receipt: pb.Receipt, round_: pb.Round, own: str) -> Iterator[str]:

@@ -23,6 +23,14 @@ NORMALISATIONS = {
     pb.NORMALISE_UNSPECIFIED: "",
 }
 
+KINDS = {
+    pb.VERSION_KIND_BARRIER: "barrier",
+    pb.VERSION_KIND_FRESH: "fresh",
+    pb.VERSION_KIND_MERGE: "merge",
+    pb.VERSION_KIND_ALONE: "alone",
+    pb.VERSION_KIND_UNSPECIFIED: "unknown",
+}
+
 
 def status(message: pb.GetStatusResponse) -> Json:
     return {
@@ -61,6 +69,7 @@ def status(message: pb.GetStatusResponse) -> Json:
                     for trainer in session.trainers
                 ],
                 "budget": budget(session.budget) if session.HasField("budget") else None,
+                "cohort": _cohort(session.cohort) if session.HasField("cohort") else None,
             }
             for session in message.sessions
         ],
@@ -68,6 +77,18 @@ def status(message: pb.GetStatusResponse) -> Json:
         "version": message.version,
         "pid": message.pid,
         "uptime_seconds": message.uptime_seconds,
+    }
+
+
+def _cohort(message: pb.Cohort) -> Json:
+    return {
+        "cohort": message.cohort.hex(),
+        "members": message.members,
+        "live": message.live,
+        "version": message.version,
+        "barrier": message.barrier,
+        "staleness_max": message.staleness_max,
+        "counts": dict(message.counts),
     }
 
 
@@ -105,6 +126,7 @@ def receipt(message: pb.Receipt) -> Json:
         "bytes": _traffic(message.bytes),
         "rounds": [_round(round_) for round_ in message.rounds],
         "budget": budget(message.budget) if message.HasField("budget") else None,
+        "version": _version(message.version) if message.HasField("version") else None,
     }
 
 
@@ -122,6 +144,21 @@ def budget(message: pb.ComputeBudget) -> Json:
         "speedup": message.speedup,
         "drop_rate": message.drop_rate,
         "note": message.note,
+    }
+
+
+def _version(message: pb.Version) -> Json:
+    return {
+        "version": message.version,
+        "kind": KINDS[message.kind],
+        "fresh": message.fresh,
+        "staleness": message.staleness,
+        "skipped": message.skipped,
+        "contributors": [
+            {"peer": each.peer, "posted": each.posted if each.HasField("posted") else None}
+            for each in message.contributors
+        ],
+        "cohort": message.cohort.hex(),
     }
 
 

@@ -53,6 +53,8 @@ def status(message: pb.GetStatusResponse) -> None:
                 console.print(
                     f"compute budget of {escape(session.name)}: {escape(budget(session.budget))}", soft_wrap=True
                 )
+            if session.HasField("cohort"):
+                console.print(escape(f"{session.name}: {_cohort(session.cohort)}"), soft_wrap=True, highlight=False)
 
 
 def budget(message: pb.ComputeBudget) -> str:
@@ -66,6 +68,23 @@ def budget(message: pb.ComputeBudget) -> str:
     )
     seen = f"; here {message.speedup:.3f} times as fast" if message.speedup else ""
     return f"{tau}, {message.state}{found}{seen}; {message.drop_rate:.1%} dropped here"
+
+
+def _cohort(cohort: pb.Cohort) -> str:
+    """ "version 17 of a cohort of 8, barrier at 20; 14 fresh, 2 merged, ..."."""
+    counts = cohort.counts
+    there = (
+        f"version {cohort.version} of a cohort of {cohort.live}"
+        + (f" (it began with {cohort.members})" if cohort.live < cohort.members else "")
+        + f", barrier at {cohort.barrier}"
+        if cohort.cohort
+        else "in no cohort until the next barrier"
+    )
+    return (
+        f"{there}; {counts['fresh']} fresh, {counts['merge']} merged, {_count(counts['barrier'], 'barrier')}, "
+        f"{counts['alone']} alone; {counts['activations']} begun by this trainer, {counts['passive']} run without it, "
+        f"{counts['skipped']} skipped; models at most {_count(cohort.staleness_max, 'version')} old"
+    )
 
 
 def _trainers(trainers: Sequence[pb.TrainerStatus]) -> str:

@@ -17,6 +17,7 @@ import urllib.parse
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import grpc.aio
@@ -24,6 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from moshpitd.averaging.errors import Exhausted, InvalidInput, NoGroup, Precondition, SessionNotFound, Unavailable
+from moshpitd.averaging.posts import BUFFERS
 from moshpitd.averaging.session import Call, SessionOptions
 from moshpitd.averaging.vector import Layout, Vector
 from moshpitd.driver import Averaged, ProgressNote
@@ -57,7 +59,8 @@ class LocalConfig:
     """Calls at once; every open session is one."""
     shared_memory_dir: str = AUTO
     """Where files shared with trainers are made: a directory, best of a memory file system, `auto` for /dev/shm, `off`.
-    A session takes up to three times its vector there, instead of as much in the daemon's and the trainer's memory."""
+    A session takes up to three times its vector there, a wait-avoiding one four times, instead of as much in the
+    daemon's and the trainer's memory."""
     keepalive_s: float = 10.0
     """How often a silent client is pinged. A dead client is noticed at once by its closed socket, unless a child it
     forked holds the socket open; then by this."""
@@ -349,7 +352,12 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
                 vector = await transfer.contribution(session.layout)
         left = deadline - asyncio.get_running_loop().time()
         call = dataclasses.replace(call, timeout_s=max(left, TIMEOUT_MIN_S))
-        averaged = await self._telling_progress(session, call, vector, transfer, context)
+        try:
+            averaged = await self._telling_progress(session, call, vector, transfer, context)
+        finally:
+            # Before the trainer hears of the end: from then on it may write its next contribution.
+            if session.buffers is not None:
+                session.buffers.pass_turn(partial(self._households.holds, session.session_id))
         await context.write(pb.AverageResponse(receipt=translate.receipt_message(session.name, averaged.receipt)))
         if averaged.vector is not vector:
             await transfer.result(averaged.vector)
@@ -386,7 +394,11 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
 
     async def _offer(self, session: _OpenSession, options: SessionOptions) -> None:
         try:
-            session.offer = await self._memory.offer(options.layout, results=1 if options.rounds == 1 else 2)
+            session.offer = await self._memory.offer(
+                options.layout,
+                results=1 if options.rounds == 1 or options.wait_avoidance else 2,
+                contributions=BUFFERS if options.wait_avoidance else 1,
+            )
         except NoSharedMemory as error:
             session.stream(str(error))
 

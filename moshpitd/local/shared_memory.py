@@ -1,4 +1,4 @@
-"""Shared memory with a trainer: a file that both map, for one session's contribution and results.
+"""Shared memory with a trainer: a file that both map, for one session's contributions and results.
 
 Knows files, locks and where each vector lies in one. Does not know calls, nor what is averaged. The layout is that of
 `SharedMemory` in protos/moshpitd/local/v1; of what is in the mapping the daemon reads nothing but values.
@@ -22,7 +22,7 @@ import fcntl
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ OPTION = "--shared-memory-dir"
 PAGE_BYTES = 4096
 PROOF_BYTES = 16
 WORD_AT = PROOF_BYTES
+TURN_AT = WORD_AT + 8
 ALLOCATED_AT_ONCE = 4 << 20
 """The kernel clears what it allocates: this much stalls the event loop for a few milliseconds."""
 
@@ -58,11 +59,11 @@ class SharedMemoryDirectory:
         with contextlib.suppress(NoSharedMemory, OSError):
             _sweep(self._own())
 
-    async def offer(self, layout: Layout, *, results: int) -> Offer:
+    async def offer(self, layout: Layout, *, results: int, contributions: int = 1) -> Offer:
         """Make a file for vectors of this layout, wholly allocated: a page that is missing later kills who touches it.
         Raises NoSharedMemory."""
         directory = self._own()
-        size = _place(layout, 1 + results)
+        size = _place(layout, contributions + results)
         try:
             _sweep(directory)
             room = os.statvfs(directory)
@@ -72,7 +73,7 @@ class SharedMemoryDirectory:
             path, file = _create(directory)
         except OSError as error:
             raise _no_room(size, directory, error) from error
-        offer = Offer(path, file, layout, results, size)
+        offer = Offer(path, file, layout, contributions, results, size)
         try:
             for start in range(0, size, ALLOCATED_AT_ONCE):
                 os.posix_fallocate(file, start, min(ALLOCATED_AT_ONCE, size - start))
@@ -104,21 +105,24 @@ class SharedMemoryDirectory:
 class Offer:
     """A file that waits for its trainer, until `accept` or `withdraw`."""
 
-    def __init__(self, path: Path, file: int, layout: Layout, results: int, file_bytes: int) -> None:
+    def __init__(
+        self, path: Path, file: int, layout: Layout, contributions: int, results: int, file_bytes: int
+    ) -> None:
         self.path = path
         self.file_bytes = file_bytes
         self.proof = secrets.token_bytes(PROOF_BYTES)
         self._file: int | None = file
         self._layout = layout
+        self._contributions = contributions
         self._results = results
 
     @property
-    def contribution_offset(self) -> int:
-        return _place(self._layout, 0)
+    def contribution_offsets(self) -> Sequence[int]:
+        return [_place(self._layout, number) for number in range(self._contributions)]
 
     @property
     def result_offsets(self) -> Sequence[int]:
-        return [_place(self._layout, 1 + number) for number in range(self._results)]
+        return [_place(self._layout, self._contributions + number) for number in range(self._results)]
 
     def accept(self, proof: bytes) -> SharedBuffers:
         """Map the file and take its name away. Raises NoSharedMemory."""
@@ -136,11 +140,12 @@ class Offer:
                 raise NoSharedMemory(f"cannot map {self.path}: {error.strerror}") from error
         finally:
             self.withdraw()
-        contribution, *results = (
-            Vector(self._layout, mapping[offset : offset + self._layout.byte_size])
-            for offset in (self.contribution_offset, *self.result_offsets)
+        contributions, results = (
+            tuple(Vector(self._layout, mapping[offset : offset + self._layout.byte_size]) for offset in offsets)
+            for offsets in (self.contribution_offsets, self.result_offsets)
         )
-        return SharedBuffers(contribution, tuple(results), mapping[WORD_AT : WORD_AT + 8].view("<u8"))
+        word, turn = (mapping[at : at + 8].view("<u8") for at in (WORD_AT, TURN_AT))
+        return SharedBuffers(contributions, results, word, turn)
 
     def withdraw(self) -> None:
         """Remove the file; idempotent."""
@@ -150,15 +155,30 @@ class Offer:
             self._file = None
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class SharedBuffers:
     """What a trainer and this daemon have mapped; unmapped when the last view of it is gone."""
 
-    contribution: Vector
+    contributions: tuple[Vector, ...]
+    """The trainer's by turns, where the daemon keeps the last one."""
     results: tuple[Vector, ...]
     """Two where an averaging has several rounds: they take turns."""
     word: npt.NDArray[np.uint64]
     """Names the valid result, for the trainer: 0 is none."""
+    turn_word: npt.NDArray[np.uint64]
+    """Names the contribution that the trainer writes next, from 0. What it says is `turn`: it is never read here."""
+    turn: int = 0
+
+    @property
+    def contribution(self) -> Vector:
+        """The trainer's: what it wrote when it calls, and writes next when it was answered."""
+        return self.contributions[self.turn]
+
+    def pass_turn(self, is_held: Callable[[Vector], bool]) -> None:
+        """Let the trainer write next where nothing reads any more; with one buffer it finds out by its receipt."""
+        free = (number for number, each in enumerate(self.contributions) if not is_held(each))
+        self.turn = next(free, self.turn)
+        self.turn_word[0] = self.turn
 
     def retract(self) -> None:
         """From now on no result is valid."""

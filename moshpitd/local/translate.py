@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from moshpitd.averaging.codecs import rules_of
+from moshpitd.averaging.cohort import CohortStatus, WaitAvoidance
 from moshpitd.averaging.compute_budget import LEARN_DEFAULT, WARM_UP_DEFAULT, BudgetOptions
 from moshpitd.averaging.errors import InvalidInput
-from moshpitd.averaging.receipt import BudgetLine, Outcome, Receipt, RoundReceipt
+from moshpitd.averaging.receipt import BudgetLine, Outcome, Receipt, RoundReceipt, VersionReceipt
 from moshpitd.averaging.session import (
     LONELY_WAIT_DEFAULT_S,
     NAME_DEFAULT,
@@ -38,6 +39,12 @@ _JOININGS = {
     pb.JOINING_UNSPECIFIED: "receive",
     pb.JOINING_RECEIVE: "receive",
     pb.JOINING_CONTRIBUTE: "contribute",
+}
+_KINDS = {
+    "barrier": pb.VERSION_KIND_BARRIER,
+    "fresh": pb.VERSION_KIND_FRESH,
+    "merge": pb.VERSION_KIND_MERGE,
+    "alone": pb.VERSION_KIND_ALONE,
 }
 _OUTCOMES = {
     Outcome.COMPLETE: pb.OUTCOME_COMPLETE,
@@ -151,16 +158,35 @@ def session_options(request: pb.OpenSessionRequest) -> SessionOptions:
         min_peers=max(1, request.min_peers),
         joining=_JOININGS[request.joining],
         lonely_wait_s=request.lonely_wait_seconds or LONELY_WAIT_DEFAULT_S,
+        wait_avoidance=_wait_avoidance(request),
     )
     options.check()
     return options
+
+
+def _wait_avoidance(request: pb.OpenSessionRequest) -> WaitAvoidance | None:
+    """Raises InvalidInput for what has a meaning in a wait-avoiding session only."""
+    match request.averaging:
+        case pb.AVERAGING_WAIT_AVOIDING:
+            return WaitAvoidance(request.group_size, request.barrier_every, request.lockstep)
+        case pb.AVERAGING_UNSPECIFIED | pb.AVERAGING_IN_STEP:
+            for name in ("group_size", "barrier_every", "lockstep"):
+                if given := getattr(request, name):
+                    raise InvalidInput(
+                        f"{name} {given} in a session that averages in step: it belongs to wait-avoiding ones, leave "
+                        "it out or ask for wait avoidance (groups on a grid: the daemon's --group-size-max)"
+                    )
+            return None
+        case other:
+            raise InvalidInput(f"averaging {other} is unknown: give in step or wait-avoiding")
 
 
 def offer_message(offer: Offer) -> pb.SharedMemory:
     return pb.SharedMemory(
         path=str(offer.path),
         file_bytes=offer.file_bytes,
-        contribution_offset=offer.contribution_offset,
+        contribution_offset=offer.contribution_offsets[0],
+        contribution_offsets=offer.contribution_offsets if len(offer.contribution_offsets) > 1 else (),
         result_offsets=offer.result_offsets,
     )
 
@@ -232,6 +258,24 @@ def receipt_message(session: str, receipt: Receipt) -> pb.Receipt:
         session=session,
         local=pb.Local(trainers=receipt.local.trainers, weight=receipt.local.weight),
         budget=budget_message(receipt.budget),
+        version=_version_message(receipt.version),
+    )
+
+
+def _version_message(version: VersionReceipt | None) -> pb.Version | None:
+    if version is None:
+        return None
+    return pb.Version(
+        version=version.version,
+        kind=_KINDS[version.kind],
+        fresh=version.fresh,
+        staleness=version.staleness,
+        skipped=version.skipped,
+        contributors=[
+            pb.Contributor(peer=line.peer, posted=line.posted if line.posted >= 0 else None)
+            for line in version.contributors
+        ],
+        cohort=version.cohort,
     )
 
 
@@ -320,6 +364,21 @@ def _session_message(line: HouseholdLine, hops: Mapping[str, LocalHop]) -> pb.Se
         codec=line.options.codec,
         budget=budget_message(line.status.budget),
         trainers=[_trainer_message(trainer, hops.get(trainer.session_id, _NO_HOP)) for trainer in line.trainers],
+        cohort=_cohort_message(line.status.cohort),
+    )
+
+
+def _cohort_message(cohort: CohortStatus | None) -> pb.Cohort | None:
+    if cohort is None:
+        return None
+    return pb.Cohort(
+        cohort=cohort.cohort,
+        members=cohort.members,
+        live=cohort.live,
+        version=cohort.version,
+        barrier=cohort.barrier,
+        staleness_max=cohort.staleness_max,
+        counts=cohort.counts,
     )
 
 

@@ -352,10 +352,37 @@ def test_the_last_one_left_goes_on_alone_and_says_so() -> None:
     cohort.swarm.run_for(1.0)
     cohort.swarm.start(cohort.peers[0], Vector.of({"w": np.ones(ELEMENTS, np.float32)}), Call(timeout_s=5.0))
     ending = cohort.ending(cohort.peers[0])
-    assert isinstance(ending.error, NoGroup) and "1 of 2 peers here" in str(ending.error)
+    assert ending.receipt is not None and ending.receipt.outcome is Outcome.ALONE
 
 
 # ---- who comes and goes
+
+
+def test_the_first_barrier_needs_min_peers_and_later_ones_whoever_is_alive() -> None:
+    cohort = Cohort(4, 2, barrier_every=2)  # min_peers 4
+    cohort.step()
+    for dead in cohort.peers[:2]:
+        cohort.swarm.kill(dead)
+    living = cohort.peers[2:]
+    for expected in ("barrier", "fresh", "barrier"):
+        endings = cohort.step(living)
+        assert expected in kinds(endings) <= {expected, "alone"}
+        assert seconds(endings) < 10.0
+    back = cohort.swarm.open("p0", cohort.options)
+    cohort.post(back)
+    while back.busy:  # three are less than four, but it sees that the others go on
+        cohort.step(living)
+    assert told(back.endings[-1]).kind == "barrier"
+
+
+def test_a_first_barrier_without_enough_peers_ends_at_the_deadline() -> None:
+    options = options_for(np.zeros(4, np.float32), wait_avoidance=WaitAvoidance(2, 5), min_peers=3)
+    swarm = Swarm(0, config=CONFIG)
+    peers = [swarm.open(f"p{number}", options) for number in range(2)]
+    model = Vector.of({"w": np.zeros(4, np.float32)})
+    endings = swarm.average({peer: (model, Call(timeout_s=5.0)) for peer in peers})
+    for ending in endings.values():
+        assert isinstance(ending.error, NoGroup) and "2 of 3 peers here" in str(ending.error)
 
 
 def test_a_newcomer_waits_for_the_barrier_and_brings_nothing_into_a_sum() -> None:

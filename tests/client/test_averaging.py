@@ -147,6 +147,7 @@ def test_the_receipt_is_the_contracts_json(daemon: Daemon) -> None:
         "session": "training",
         "local": {"trainers": 1, "weight": 2.0},
         "budget": None,
+        "version": None,
     }
     assert daemon.rounds(limit=1, epoch=7) == [receipt]
     assert daemon.rounds(epoch=8) == []

@@ -219,6 +219,9 @@ class ScriptedDriver:
     def coming(self, session_id: str) -> Iterator[None]:
         yield
 
+    def holds(self, session_id: str, vector: Vector) -> bool:
+        return False
+
     def sessions(self) -> list[HouseholdLine]:
         live = next(self._looks)
         return [

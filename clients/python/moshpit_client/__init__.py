@@ -21,15 +21,28 @@ from moshpit_client.errors import (
     ResourceExhausted,
     WrongProcess,
 )
-from moshpit_client.receipt import Dropped, Local, Member, Receipt, Round, Seconds, Span, Traffic
+from moshpit_client.receipt import (
+    Contributor,
+    Dropped,
+    Local,
+    Member,
+    Receipt,
+    Round,
+    Seconds,
+    Span,
+    Traffic,
+    Version,
+)
 from moshpit_client.session import Delta, Progress, Session
-from moshpit_client.status import Bandwidth, ConfigValue, Peer, SessionStatus, Status, TrainerStatus
+from moshpit_client.status import Bandwidth, Cohort, ConfigValue, Peer, SessionStatus, Status, TrainerStatus
 
 __all__ = [
     "Bandwidth",
     "BudgetState",
+    "Cohort",
     "ComputeBudget",
     "ConfigValue",
+    "Contributor",
     "Daemon",
     "DaemonBug",
     "DaemonLeaving",
@@ -56,6 +69,7 @@ __all__ = [
     "Step",
     "Traffic",
     "TrainerStatus",
+    "Version",
     "WrongProcess",
     "connect",
 ]

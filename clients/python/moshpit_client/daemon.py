@@ -23,6 +23,7 @@ _DATA_TYPES = {
     "float16": pb.DATA_TYPE_FLOAT16,
     "bfloat16": pb.DATA_TYPE_BFLOAT16,
 }
+_AVERAGINGS = {"in_step": pb.AVERAGING_IN_STEP, "wait_avoiding": pb.AVERAGING_WAIT_AVOIDING}
 _JOININGS = {"receive": pb.JOINING_RECEIVE, "contribute": pb.JOINING_CONTRIBUTE}
 
 
@@ -72,6 +73,10 @@ class Daemon:
         joining: Literal["receive", "contribute"] = "receive",
         lonely_wait: float | None = None,
         shared_memory: bool = True,
+        averaging: Literal["in_step", "wait_avoiding"] = "in_step",
+        group_size: int | None = None,
+        barrier_every: int | None = None,
+        lockstep: bool = False,
     ) -> Session:
         """Open a session for these tensors: numpy arrays, or anything with `__dlpack__` on the CPU.
 
@@ -87,6 +92,12 @@ class Daemon:
         joining: whether a newcomer's first averaging only receives the swarm's mean or counts at once.
         lonely_wait: seconds an averaging looks for somebody while nobody else is known.
         shared_memory: share memory with the daemon where that is possible; `Daemon.status` says whether and why not.
+        averaging: "wait_avoiding": nobody waits for who is late. `average` posts the model, which takes part in the
+            next version; who comes late merges with the last one. Call it after every step; alike in all trainers.
+        group_size: wait-avoiding: S, how many models a version adds up; at most `min_peers`.
+        barrier_every: wait-avoiding: tau, every so many versions all wait for all. `min_peers` is what the first such
+            barrier needs; later ones take whoever is alive.
+        lockstep: wait-avoiding: a late trainer makes every step that the others make, instead of skipping some.
 
         Raises InvalidInput, naming the tensor, for what cannot be averaged.
         """
@@ -94,6 +105,13 @@ class Daemon:
         views = {tensor: _tensors.view(tensor, value) for tensor, value in tensors.items()}
         if joining not in _JOININGS:
             raise InvalidInput(f"joining={joining!r}: give 'receive' or 'contribute'")
+        if averaging not in _AVERAGINGS:
+            raise InvalidInput(f"averaging={averaging!r}: give 'in_step' or 'wait_avoiding'")
+        if averaging == "wait_avoiding" and (group_size is None or barrier_every is None):
+            missing = "group_size" if group_size is None else "barrier_every"
+            raise InvalidInput(
+                f"averaging='wait_avoiding' needs {missing}: give group_size, barrier_every and min_peers"
+            )
         request = pb.OpenSessionRequest(
             name=name,
             tensors=[
@@ -106,6 +124,10 @@ class Daemon:
             joining=_JOININGS[joining],
             lonely_wait_seconds=lonely_wait or 0.0,
             shared_memory=shared_memory,
+            averaging=_AVERAGINGS[averaging],
+            group_size=0 if group_size is None else _count("group_size", group_size),
+            barrier_every=0 if barrier_every is None else _count("barrier_every", barrier_every),
+            lockstep=lockstep,
         )
         first_peers = 1 if initial_peers is None else _count("initial_peers", initial_peers)
         # Immutable tensors are not kept: those of `average_values` come with each call.

@@ -115,6 +115,35 @@ class Local(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Contributor(Record):
+    """Whose model is in a version's sum."""
+
+    peer: str
+    posted: int | None
+    """As which version it was posted; None: it did not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version(Record):
+    """What became of a call of a wait-avoiding session."""
+
+    version: int
+    """Whose sum the result is made of."""
+    kind: str
+    """barrier: the mean over the cohort, for which all waited; fresh: sum / S; merge: (sum + this call's model) /
+    (S + 1); alone: this call's model as it was"""
+    fresh: bool
+    """This call's model is in the sum."""
+    staleness: int
+    """So many versions old was the model that the daemon put in for this trainer; 0 when it put in none."""
+    skipped: int
+    """Versions since the last call that this trainer takes no part in any more."""
+    contributors: tuple[Contributor, ...]
+    cohort: str
+    """Its id; empty when there is none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt(Record):
     """One averaging."""
 
@@ -143,8 +172,26 @@ class Receipt(Record):
     local: Local
     budget: BudgetState | None = None
     """Of a session with a compute budget."""
+    version: Version | None = None
+    """Of a wait-avoiding session."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the values of this call are in what others get too: always, but for late ones when wait-avoiding."""
+        return self.version is None or self.version.fresh
+
+    @property
+    def staleness(self) -> int:
+        """Versions by which the model was old that the daemon put in for this trainer; 0 unless wait-avoiding."""
+        return self.version.staleness if self.version else 0
 
 
+_KINDS = {
+    pb.VERSION_KIND_BARRIER: "barrier",
+    pb.VERSION_KIND_FRESH: "fresh",
+    pb.VERSION_KIND_MERGE: "merge",
+    pb.VERSION_KIND_ALONE: "alone",
+}
 _OUTCOMES = {pb.OUTCOME_COMPLETE: "complete", pb.OUTCOME_PARTIAL: "partial", pb.OUTCOME_ALONE: "alone"}
 
 
@@ -164,6 +211,21 @@ def read_receipt(message: pb.Receipt) -> Receipt:
         session=message.session,
         local=Local(message.local.trainers, message.local.weight),
         budget=read_budget(message.budget) if message.HasField("budget") else None,
+        version=_version(message.version) if message.HasField("version") else None,
+    )
+
+
+def _version(message: pb.Version) -> Version:
+    return Version(
+        version=message.version,
+        kind=_KINDS[message.kind],
+        fresh=message.fresh,
+        staleness=message.staleness,
+        skipped=message.skipped,
+        contributors=tuple(
+            Contributor(each.peer, each.posted if each.HasField("posted") else None) for each in message.contributors
+        ),
+        cohort=message.cohort.hex(),
     )
 
 

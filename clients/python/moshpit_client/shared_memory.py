@@ -1,4 +1,4 @@
-"""The daemon's shared memory in this process: where a contribution is written and a result is read.
+"""The daemon's shared memory in this process: where contributions are written and a result is read.
 
 Knows the file that `SharedMemory` in daemon.proto describes. Does not know calls, nor when what may be written.
 """
@@ -28,15 +28,17 @@ class SharedBuffers:
     """A session's mapped file; unmapped when nothing in this process looks at it any more."""
 
     proof: bytes
-    contribution: npt.NDArray[np.uint8]
+    contributions: tuple[npt.NDArray[np.uint8], ...]
     results: tuple[npt.NDArray[np.uint8], ...]
     word: npt.NDArray[np.uint64]
+    turn: npt.NDArray[np.uint64]
 
     @staticmethod
     def map(offer: pb.SharedMemory, vector_bytes: int) -> SharedBuffers:
         """Raises NotShared."""
-        last = max((offer.contribution_offset, *offer.result_offsets))
-        if offer.contribution_offset < PROOF_BYTES + 8 or last + vector_bytes > offer.file_bytes:
+        offsets = offer.contribution_offsets or [offer.contribution_offset]
+        last = max((*offsets, *offer.result_offsets))
+        if min(offsets) < PROOF_BYTES + 16 or last + vector_bytes > offer.file_bytes:
             raise NotShared(f"{offer.file_bytes} bytes are too few for what the daemon says is in them")
         try:
             file = os.open(offer.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -50,11 +52,17 @@ class SharedBuffers:
                 os.close(file)
         except (OSError, ValueError) as error:
             raise NotShared(f"{type(error).__name__}: {error}") from error
-        contribution, *results = (
-            whole[offset : offset + vector_bytes] for offset in (offer.contribution_offset, *offer.result_offsets)
+        contributions, results = (
+            tuple(whole[offset : offset + vector_bytes] for offset in those)
+            for those in (offsets, offer.result_offsets)
         )
-        word = whole[PROOF_BYTES : PROOF_BYTES + 8].view("<u8")
-        return SharedBuffers(whole[:PROOF_BYTES].tobytes(), contribution, tuple(results), word)
+        word, turn = (whole[at : at + 8].view("<u8") for at in (PROOF_BYTES, PROOF_BYTES + 8))
+        return SharedBuffers(whole[:PROOF_BYTES].tobytes(), contributions, results, word, turn)
+
+    @property
+    def contribution(self) -> npt.NDArray[np.uint8]:
+        """Where the next one is to be written: the daemon keeps the last one of a wait-avoiding session."""
+        return self.contributions[int(self.turn[0]) % len(self.contributions)]
 
     def result(self) -> npt.NDArray[np.uint8] | None:
         """The packed vector that the daemon says is valid."""

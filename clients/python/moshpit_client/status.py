@@ -23,6 +23,27 @@ class TrainerStatus(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Cohort(Record):
+    """Of a wait-avoiding session: who takes part between two barriers."""
+
+    cohort: str
+    """Its id; empty while there is none."""
+    members: int
+    """Who committed the barrier that made it."""
+    live: int
+    """... and is not out since."""
+    version: int
+    """The newest that ended here."""
+    barrier: int
+    """The version of the next barrier; 0 while there is no cohort."""
+    staleness_max: int
+    """Of any model in any sum so far, in versions."""
+    counts: dict[str, int]
+    """barrier, fresh, merge, alone: calls that ended so; passive: versions run without the trainer; skipped: versions
+    it takes no part in any more; activations: versions it began"""
+
+
+@dataclass(frozen=True, slots=True)
 class SessionStatus(Record):
     """A session of the daemon, shared by its trainers."""
 
@@ -43,6 +64,8 @@ class SessionStatus(Record):
     trainers: tuple[TrainerStatus, ...]
     budget: BudgetState | None = None
     """Of a session with a compute budget."""
+    cohort: Cohort | None = None
+    """Of a wait-avoiding session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +161,19 @@ def _session(message: pb.SessionStatus) -> SessionStatus:
         codec=message.codec,
         trainers=tuple(map(_trainer, message.trainers)),
         budget=read_budget(message.budget) if message.HasField("budget") else None,
+        cohort=_cohort(message.cohort) if message.HasField("cohort") else None,
+    )
+
+
+def _cohort(message: pb.Cohort) -> Cohort:
+    return Cohort(
+        cohort=message.cohort.hex(),
+        members=message.members,
+        live=message.live,
+        version=message.version,
+        barrier=message.barrier,
+        staleness_max=message.staleness_max,
+        counts=dict(message.counts),
     )
 
 

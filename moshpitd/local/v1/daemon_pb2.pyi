@@ -92,6 +92,38 @@ JOINING_CONTRIBUTE: Joining.ValueType  # 2
 """The newcomer's values count at once."""
 Global___Joining: _TypeAlias = Joining  # noqa: Y015
 
+class _Averaging:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AveragingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Averaging.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    AVERAGING_UNSPECIFIED: _Averaging.ValueType  # 0
+    """Not given: in step."""
+    AVERAGING_IN_STEP: _Averaging.ValueType  # 1
+    """Everybody waits for everybody in its group."""
+    AVERAGING_WAIT_AVOIDING: _Averaging.ValueType  # 2
+    """Nobody waits for who is late (WAGMA): each call posts a model as the next version, whoever posts first begins that version
+    for all, and every daemon puts in its trainer's last post. Who posted in time gets sum / S, who comes late
+    (sum + its model) / (S + 1), both at once. Every `barrier_every` versions is a barrier, where all wait for all and get the
+    mean; it makes the cohort of the versions that follow. One trainer a daemon, no weights, no epochs.
+    """
+
+class Averaging(_Averaging, metaclass=_AveragingEnumTypeWrapper):
+    """How a session averages."""
+
+AVERAGING_UNSPECIFIED: Averaging.ValueType  # 0
+"""Not given: in step."""
+AVERAGING_IN_STEP: Averaging.ValueType  # 1
+"""Everybody waits for everybody in its group."""
+AVERAGING_WAIT_AVOIDING: Averaging.ValueType  # 2
+"""Nobody waits for who is late (WAGMA): each call posts a model as the next version, whoever posts first begins that version
+for all, and every daemon puts in its trainer's last post. Who posted in time gets sum / S, who comes late
+(sum + its model) / (S + 1), both at once. Every `barrier_every` versions is a barrier, where all wait for all and get the
+mean; it makes the cohort of the versions that follow. One trainer a daemon, no weights, no epochs.
+"""
+Global___Averaging: _TypeAlias = Averaging  # noqa: Y015
+
 class _Normalise:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -144,6 +176,38 @@ OUTCOME_ALONE: Outcome.ValueType  # 3
 """No other peer took part; the values are unchanged, or the mean of the daemon's own trainers (Receipt.local)."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
+class _VersionKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VersionKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VersionKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERSION_KIND_UNSPECIFIED: _VersionKind.ValueType  # 0
+    """Never sent."""
+    VERSION_KIND_BARRIER: _VersionKind.ValueType  # 1
+    """The mean over the cohort, for which everybody waited."""
+    VERSION_KIND_FRESH: _VersionKind.ValueType  # 2
+    """sum / S: this call's model is in the sum."""
+    VERSION_KIND_MERGE: _VersionKind.ValueType  # 3
+    """(sum + this call's model) / (S + 1): the trainer was late, an older model of it may be in the sum."""
+    VERSION_KIND_ALONE: _VersionKind.ValueType  # 4
+    """This call's model as it was: nobody else was there."""
+
+class VersionKind(_VersionKind, metaclass=_VersionKindEnumTypeWrapper):
+    """What the result of a call of a wait-avoiding session is made of."""
+
+VERSION_KIND_UNSPECIFIED: VersionKind.ValueType  # 0
+"""Never sent."""
+VERSION_KIND_BARRIER: VersionKind.ValueType  # 1
+"""The mean over the cohort, for which everybody waited."""
+VERSION_KIND_FRESH: VersionKind.ValueType  # 2
+"""sum / S: this call's model is in the sum."""
+VERSION_KIND_MERGE: VersionKind.ValueType  # 3
+"""(sum + this call's model) / (S + 1): the trainer was late, an older model of it may be in the sum."""
+VERSION_KIND_ALONE: VersionKind.ValueType  # 4
+"""This call's model as it was: nobody else was there."""
+Global___VersionKind: _TypeAlias = VersionKind  # noqa: Y015
+
 @_typing.final
 class Tensor(_message.Message):
     """A tensor's description."""
@@ -190,6 +254,10 @@ class OpenSessionRequest(_message.Message):
     JOINING_FIELD_NUMBER: _builtins.int
     LONELY_WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    AVERAGING_FIELD_NUMBER: _builtins.int
+    GROUP_SIZE_FIELD_NUMBER: _builtins.int
+    BARRIER_EVERY_FIELD_NUMBER: _builtins.int
+    LOCKSTEP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The session's name: sessions of one swarm with different names are separate averagings. Empty means "default"."""
     rounds: _builtins.int
@@ -202,7 +270,8 @@ class OpenSessionRequest(_message.Message):
     """
     min_peers: _builtins.int
     """Begin an averaging only when this many live sessions of the same layout are there, this one included: daemons, that
-    is, however many trainers share the session of each. 0 and 1 mean no such wait.
+    is, however many trainers share the session of each. 0 and 1 mean no such wait. In a wait-avoiding session it is what
+    the swarm's first barrier needs, at least `group_size`; later ones take whoever is alive.
     """
     joining: Global___Joining.ValueType
     """What a newcomer's first averaging does."""
@@ -210,6 +279,16 @@ class OpenSessionRequest(_message.Message):
     """While nobody else is known: how long an averaging looks for somebody before it ends alone. Seconds; 0 is default."""
     shared_memory: _builtins.bool
     """The trainer would share memory with the daemon, if they are on one machine: see SharedMemory."""
+    averaging: Global___Averaging.ValueType
+    """How it averages; all peers alike, as in the three that follow."""
+    group_size: _builtins.int
+    """S, wait-avoiding only: how many models a version adds up, 2 to 64."""
+    barrier_every: _builtins.int
+    """tau, wait-avoiding only: every so many versions is a barrier, 1 to 1024. No model in a sum is older."""
+    lockstep: _builtins.bool
+    """Wait-avoiding only: each call is the next version, also a late one, so that between barriers all trainers make the same
+    number of steps. Unset, a late trainer goes on from where the others are.
+    """
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """The tensors, in any order. Vectors travel packed in canonical order: float64 tensors first, then float32, float16,
@@ -227,10 +306,14 @@ class OpenSessionRequest(_message.Message):
         joining: Global___Joining.ValueType = ...,
         lonely_wait_seconds: _builtins.float = ...,
         shared_memory: _builtins.bool = ...,
+        averaging: Global___Averaging.ValueType = ...,
+        group_size: _builtins.int = ...,
+        barrier_every: _builtins.int = ...,
+        lockstep: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "joining", b"joining", "lonely_wait_seconds", b"lonely_wait_seconds", "min_peers", b"min_peers", "name", b"name", "rounds", b"rounds", "shared_memory", b"shared_memory", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averaging", b"averaging", "barrier_every", b"barrier_every", "codec", b"codec", "group_size", b"group_size", "joining", b"joining", "lockstep", b"lockstep", "lonely_wait_seconds", b"lonely_wait_seconds", "min_peers", b"min_peers", "name", b"name", "rounds", b"rounds", "shared_memory", b"shared_memory", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,14 +357,18 @@ class SharedMemory(_message.Message):
     its name when AttachSharedMemory is answered: then its memory lives as long as one of the two has it mapped.
 
     The file begins with a header: 16 bytes of proof, to be given back by AttachSharedMemory; then a word, 8 bytes
-    little-endian, that names the valid result: 0 none, 1 the first of `result_offsets`, 2 the second. Contribution and
-    results are packed vectors, as OpenSessionRequest says.
+    little-endian, that names the valid result: 0 none, 1 the first of `result_offsets`, 2 the second; then another such word,
+    that names the contribution to be written next: 0 the first of `contribution_offsets`, and so on. Contributions and results
+    are packed vectors, as OpenSessionRequest says.
 
     For an averaging the trainer writes its contribution, sends `start` with `shared_memory`, and leaves it as it is until
     the receipt. When the daemon has ended the call well and the word is not 0, the result is where the word says, until the
     session's next averaging; when the word is 0 it came in chunks, or there is none: see AverageResponse. A daemon may still
     read the contribution of a call that ended without a receipt: the trainer streams the next one, and writes here again after
     a receipt.
+
+    The daemon of a wait-avoiding session keeps what its trainer posted, and puts it in while the trainer computes. So there are
+    three contributions, which take turns: before each call the trainer looks at the second word, and writes nowhere else.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -290,6 +377,7 @@ class SharedMemory(_message.Message):
     FILE_BYTES_FIELD_NUMBER: _builtins.int
     CONTRIBUTION_OFFSET_FIELD_NUMBER: _builtins.int
     RESULT_OFFSETS_FIELD_NUMBER: _builtins.int
+    CONTRIBUTION_OFFSETS_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Where the file is, as the daemon sees it; readable and writable by the daemon's user only."""
     file_bytes: _builtins.int
@@ -300,6 +388,10 @@ class SharedMemory(_message.Message):
     def result_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Where the results begin, in bytes from the start of the file."""
 
+    @_builtins.property
+    def contribution_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In wait-avoiding sessions where each contribution begins, the first one's `contribution_offset` included. Empty in others."""
+
     def __init__(
         self,
         *,
@@ -307,10 +399,11 @@ class SharedMemory(_message.Message):
         file_bytes: _builtins.int = ...,
         contribution_offset: _builtins.int = ...,
         result_offsets: _abc.Iterable[_builtins.int] | None = ...,
+        contribution_offsets: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution_offset", b"contribution_offset", "file_bytes", b"file_bytes", "path", b"path", "result_offsets", b"result_offsets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution_offset", b"contribution_offset", "contribution_offsets", b"contribution_offsets", "file_bytes", b"file_bytes", "path", b"path", "result_offsets", b"result_offsets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -755,6 +848,7 @@ class Receipt(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     LOCAL_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     outcome: Global___Outcome.ValueType
     """How it ended."""
     epoch: _builtins.int
@@ -795,6 +889,10 @@ class Receipt(_message.Message):
     def budget(self) -> Global___ComputeBudget:
         """Of a session with a compute budget: what the next step goes by, and how this one went."""
 
+    @_builtins.property
+    def version(self) -> Global___Version:
+        """Of a wait-avoiding session: what became of the call. `epoch` is then the version, and `rounds` has at most one."""
+
     def __init__(
         self,
         *,
@@ -812,14 +910,91 @@ class Receipt(_message.Message):
         session: _builtins.str = ...,
         local: Global___Local | None = ...,
         budget: Global___ComputeBudget | None = ...,
+        version: Global___Version | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "local", b"local", "seconds", b"seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "local", b"local", "seconds", b"seconds", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "local", b"local", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "local", b"local", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "version", b"version", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class Version(_message.Message):
+    """What became of a call of a wait-avoiding session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    FRESH_FIELD_NUMBER: _builtins.int
+    STALENESS_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    CONTRIBUTORS_FIELD_NUMBER: _builtins.int
+    COHORT_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Whose sum the result is made of; numbered through from the swarm's first barrier."""
+    kind: Global___VersionKind.ValueType
+    """How."""
+    fresh: _builtins.bool
+    """This call's model is in the sum."""
+    staleness: _builtins.int
+    """So many versions old was the model that the daemon put in for this trainer; 0 when it put in none."""
+    skipped: _builtins.int
+    """Versions since the last call that this trainer takes no part in any more."""
+    cohort: _builtins.bytes
+    """Id of the cohort; empty when there is none."""
+    @_builtins.property
+    def contributors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Contributor]:
+        """Whose models are in the sum."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        kind: Global___VersionKind.ValueType = ...,
+        fresh: _builtins.bool = ...,
+        staleness: _builtins.int = ...,
+        skipped: _builtins.int = ...,
+        contributors: _abc.Iterable[Global___Contributor] | None = ...,
+        cohort: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "contributors", b"contributors", "fresh", b"fresh", "kind", b"kind", "skipped", b"skipped", "staleness", b"staleness", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Version: _TypeAlias = Version  # noqa: Y015
+
+@_typing.final
+class Contributor(_message.Message):
+    """A model in a version's sum."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    POSTED_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """Id of its peer."""
+    posted: _builtins.int
+    """As which version it was posted; unset when the peer did not say."""
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        posted: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_posted", b"_posted", "posted", b"posted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_posted", b"_posted", "peer", b"peer", "posted", b"posted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__posted: _TypeAlias = _typing.Literal["posted"]  # noqa: Y015
+    _WhichOneofArgType__posted: _TypeAlias = _typing.Literal["_posted", b"_posted"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__posted) -> _WhichOneofReturnType__posted | None: ...
+
+Global___Contributor: _TypeAlias = Contributor  # noqa: Y015
 
 @_typing.final
 class Local(_message.Message):
@@ -1300,6 +1475,7 @@ class SessionStatus(_message.Message):
     CODEC_FIELD_NUMBER: _builtins.int
     TRAINERS_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    COHORT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     state: _builtins.str
@@ -1332,6 +1508,10 @@ class SessionStatus(_message.Message):
     def budget(self) -> Global___ComputeBudget:
         """If it has one."""
 
+    @_builtins.property
+    def cohort(self) -> Global___Cohort:
+        """Of a wait-avoiding session."""
+
     def __init__(
         self,
         *,
@@ -1347,14 +1527,85 @@ class SessionStatus(_message.Message):
         codec: _builtins.str = ...,
         trainers: _abc.Iterable[Global___TrainerStatus] | None = ...,
         budget: Global___ComputeBudget | None = ...,
+        cohort: Global___Cohort | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "cohort", b"cohort"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "budget", b"budget", "cell", b"cell", "codec", b"codec", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "budget", b"budget", "cell", b"cell", "codec", b"codec", "cohort", b"cohort", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionStatus: _TypeAlias = SessionStatus  # noqa: Y015
+
+@_typing.final
+class Cohort(_message.Message):
+    """The cohort of a wait-avoiding session: who takes part between two barriers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CountsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    BARRIER_FIELD_NUMBER: _builtins.int
+    STALENESS_MAX_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.bytes
+    """Its id; empty while there is none."""
+    members: _builtins.int
+    """How many committed the barrier that made it."""
+    live: _builtins.int
+    """... and are not out since."""
+    version: _builtins.int
+    """The newest version that ended here."""
+    barrier: _builtins.int
+    """The version of the next barrier; 0 while there is no cohort."""
+    staleness_max: _builtins.int
+    """The most by which any model in any sum was old, in versions."""
+    @_builtins.property
+    def counts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Calls that ended so: barrier, fresh, merge, alone; and passive: versions run without the trainer; skipped: versions that it
+        takes no part in any more; activations: versions that it began.
+        """
+
+    def __init__(
+        self,
+        *,
+        cohort: _builtins.bytes = ...,
+        members: _builtins.int = ...,
+        live: _builtins.int = ...,
+        version: _builtins.int = ...,
+        barrier: _builtins.int = ...,
+        staleness_max: _builtins.int = ...,
+        counts: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["barrier", b"barrier", "cohort", b"cohort", "counts", b"counts", "live", b"live", "members", b"members", "staleness_max", b"staleness_max", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cohort: _TypeAlias = Cohort  # noqa: Y015
 
 @_typing.final
 class TrainerStatus(_message.Message):
