@@ -41,7 +41,10 @@ PRESETS: Mapping[Preset, Mapping[str, Mapping[str, Scalar]]] = {
 """What a kind of network changes in the rooms' own defaults. Nothing is assumed of `wan`: it is the defaults. Nearer
 peers are asked more often, because asking is cheap there; retransmission stays, because a busy machine is no nearer."""
 
-ROOMS = ("local", "household", "driver", "peer", "directory", "session", "matchmaking", "all_reduce", "telemetry")
+ROOMS = (
+    *("local", "household", "driver", "peer", "directory"),
+    *("session", "cohort", "matchmaking", "all_reduce", "telemetry"),
+)
 """Tables the file may hold: one for each room with a config dataclass of its own."""
 
 _T = TypeVar("_T")

@@ -33,6 +33,7 @@ from pathlib import Path
 import moshpitd
 from moshpitd import allocator
 from moshpitd.averaging.all_reduce import AllReduceConfig
+from moshpitd.averaging.cohort import CohortConfig
 from moshpitd.averaging.grid import format_sides
 from moshpitd.averaging.household import HouseholdConfig
 from moshpitd.averaging.matchmaking import MatchmakingConfig
@@ -206,6 +207,7 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
         config.room("session", SessionConfig),
         pin=format_sides(config.grid) if config.grid else "",
         group_size_max=config.group_size_max,
+        cohort=config.room("cohort", CohortConfig),
         matchmaking=config.room("matchmaking", MatchmakingConfig),
         all_reduce=config.room("all_reduce", AllReduceConfig),
     )

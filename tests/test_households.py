@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from moshpitd.averaging.cohort import WaitAvoidance
 from moshpitd.averaging.errors import InvalidInput, Precondition, SessionNotFound, Unavailable
 from moshpitd.averaging.receipt import Outcome
 from moshpitd.averaging.session import Call, SessionOptions
@@ -88,6 +89,9 @@ class Driver:
 
     def is_free(self, session_id: str, spare: Vector) -> bool:
         return not any(spare is busy for busy in self.busy)
+
+    def holds(self, session_id: str, vector: Vector) -> bool:
+        return False
 
     async def run_jobs(self, jobs: Iterable[Callable[[], None]], total_bytes: int) -> None:
         for job in jobs:
@@ -308,3 +312,14 @@ async def test_closing_ends_the_call_that_is_open(driver: Driver, households: Ho
     with pytest.raises(Unavailable, match="closed"):
         await averaging
     assert driver.open == 0
+
+
+async def test_a_wait_avoiding_session_takes_one_trainer() -> None:
+    households = Households(Driver())  # type: ignore[arg-type]
+    options = SessionOptions(LAYOUT, min_peers=2, wait_avoidance=WaitAvoidance(2, 10))
+    first = await households.open_session(options)
+    for second in (options, SessionOptions(LAYOUT)):
+        with pytest.raises(Precondition, match="takes one a daemon"):
+            await households.open_session(second)
+    await households.close_session(first)
+    await households.close_session(await households.open_session(options))

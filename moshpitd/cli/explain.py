@@ -78,11 +78,11 @@ def _version(version: pb.Version, own: str) -> Iterator[str]:
                 f"models and the posted one, divided by {others + 1}."
             )
             if version.staleness:
-                yield f"Its daemon had put in a model {version.staleness} versions old meanwhile."
+                yield f"Its daemon had put in a model {_count(version.staleness, 'version')} old meanwhile."
         case _:
             yield f"Nobody else was in version {version.version}: the result is the posted model."
     if version.skipped:
-        yield f"The trainer takes no part any more in {version.skipped} versions that it missed."
+        yield f"The trainer takes no part any more in {_count(version.skipped, 'version')} that it missed."
     for each in version.contributors:
         if not each.HasField("posted"):
             yield f"  The model of {_who(each.peer, own)} is in it, which did not say how old it is."
@@ -127,6 +127,10 @@ def _coded(round_: pb.Round) -> str:
 
 def _who(peer: str, own: str) -> str:
     return "this peer" if peer == own else short(PeerId(peer))
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _because(why: str) -> str:

@@ -107,6 +107,8 @@ class FakeDaemon(DaemonServiceServicer):
         self.ready = True
         self.script: Script = answer(pb.OUTCOME_COMPLETE)
         self.receipts: list[pb.Receipt] = []
+        self.cohort: pb.Cohort | None = None
+        """Of its session."""
         self.opened: list[pb.OpenSessionRequest] = []
         self.started: list[pb.AverageStart] = []
         self.sent: list[bytes] = []
@@ -170,6 +172,8 @@ class FakeDaemon(DaemonServiceServicer):
             ],
         )
         session.averagings["complete"] = 6
+        if self.cohort is not None:
+            session.cohort.CopyFrom(self.cohort)
         return pb.GetStatusResponse(
             ready=self.ready,
             peer_id=OWN,

@@ -194,3 +194,47 @@ def test_verbs_that_scripts_call_often_load_neither_numpy_nor_rich_nor_kademlia(
     assert done.returncode == 0
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "grpc" in loaded and not loaded & {"numpy", "rich", "kademlia", "safetensors", "cryptography", "uvloop"}
+
+
+def test_status_of_a_session_that_avoids_waiting(
+    fake_daemon: FakeDaemon, moshpitd: Moshpitd, as_json: Callable[..., object]
+) -> None:
+    counts = {"fresh": 14, "merge": 2, "barrier": 1, "activations": 5, "passive": 3, "skipped": 1}
+    fake_daemon.cohort = pb.Cohort(
+        cohort=b"\x05", members=8, live=7, version=17, barrier=20, staleness_max=3, counts=counts
+    )
+    shown = " ".join(moshpitd("status", COLUMNS="400").stdout.split())
+    assert (
+        "default: version 17 of a cohort of 7 (it began with 8), barrier at 20; 14 fresh, 2 merged, 1 barrier" in shown
+    )
+    assert "5 begun by this trainer, 3 run without it, 1 skipped; models at most 3 versions old" in shown
+    status = as_json("status")
+    assert isinstance(status, dict)
+    cohort = status["sessions"][0]["cohort"]
+    assert (cohort["cohort"], cohort["live"], cohort["barrier"], cohort["counts"]) == ("05", 7, 20, counts)
+    fake_daemon.cohort = pb.Cohort(members=0)
+    assert "in no cohort until the next barrier" in moshpitd("status", COLUMNS="400").stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        (
+            {"kind": pb.VERSION_KIND_MERGE, "staleness": 2, "skipped": 1},
+            ("came late for version 7", "divided by 3", "2 versions old", "no part any more in 1 version"),
+        ),
+        ({"kind": pb.VERSION_KIND_FRESH, "fresh": True}, ("Version 7 is the mean of 2 models, the posted one",)),
+        ({"kind": pb.VERSION_KIND_BARRIER, "fresh": True}, ("Version 7 was a barrier", "2 models make the mean")),
+        ({"kind": pb.VERSION_KIND_ALONE}, ("Nobody else was in version 7",)),
+    ],
+)
+def test_explain_tells_what_became_of_a_version(
+    fake_daemon: FakeDaemon, moshpitd: Moshpitd, version: dict[str, object], told: tuple[str, ...]
+) -> None:
+    shown = receipt(pb.OUTCOME_COMPLETE)
+    contributors = [pb.Contributor(peer=OWN, posted=5), pb.Contributor(peer=OTHER)]
+    shown.version.CopyFrom(pb.Version(version=7, contributors=contributors, **version))  # type: ignore[arg-type]
+    fake_daemon.receipts = [shown]
+    text = " ".join(moshpitd("explain", "last", COLUMNS="400").stdout.split())
+    for sentence in (*told, "The model of this peer was posted for version 5.", "did not say how old it is"):
+        assert sentence in text

@@ -285,3 +285,29 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         pause.wait(0.01)
+
+
+def test_posts_take_turns_where_the_daemon_says(daemon: moshpit_client.Daemon) -> None:
+    w = np.ones(3, np.float32)
+    chosen = {"averaging": "wait_avoiding", "group_size": 2, "barrier_every": 10, "min_peers": 2}
+    with daemon.open_session({"w": w}, **chosen) as session:  # type: ignore[arg-type]
+        assert hop(daemon) == ("shared-memory", "")
+        places = set()
+        for averaging in range(1, 4):
+            assert session.average(timeout=DEADLINE_S).outcome == "complete"
+            assert w.tolist() == [2.0**averaging] * 3
+            places.add(session.contribution()["w"].__array_interface__["data"][0])
+        assert len(places) == 2, "the daemon keeps one of three at a time here"
+
+
+def test_an_offer_whose_posts_are_not_in_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(16384))
+    offer = pb.SharedMemory(
+        path=str(tmp_path / "file"),
+        file_bytes=16384,
+        contribution_offset=4096,
+        contribution_offsets=[4096, 8192, 16384],
+        result_offsets=[12288],
+    )
+    with pytest.raises(NotShared, match="too few"):
+        SharedBuffers.map(offer, 100)

@@ -24,6 +24,7 @@ from tests.local.test_server import DEADLINE_S, Door, chunk, start
 ELEMENTS = 5000
 W = pb.Tensor(name="w", shape=[ELEMENTS], data_type=pb.DATA_TYPE_FLOAT32)
 ONES = np.ones(ELEMENTS, np.float32)
+WAIT_AVOIDING = pb.OpenSessionRequest(averaging=pb.AVERAGING_WAIT_AVOIDING, group_size=2, barrier_every=10, min_peers=2)
 OpenDoor = Callable[..., Awaitable[Door]]
 
 
@@ -37,8 +38,11 @@ class Trainer:
         self.offer = first.shared_memory if first.HasField("shared_memory") else None
 
     @staticmethod
-    async def open(door: Door, name: str = "", *, rounds: int = 0, tensor: pb.Tensor = W) -> Trainer:
+    async def open(
+        door: Door, name: str = "", *, rounds: int = 0, tensor: pb.Tensor = W, more: pb.OpenSessionRequest | None = None
+    ) -> Trainer:
         request = pb.OpenSessionRequest(name=name, tensors=[tensor], rounds=rounds, shared_memory=True)
+        request.MergeFrom(more or pb.OpenSessionRequest())
         call = door.stub.OpenSession(request)
         return Trainer(door, call, await call.read())
 
@@ -130,6 +134,44 @@ async def test_the_file_is_private_and_as_large_as_the_offer_says(door: Door) ->
     assert found.st_size == trainer.offer.file_bytes
     assert found.st_blocks * 512 >= found.st_size, "all of it is allocated"
     assert len(trainer.offer.result_offsets) == 1, "one round needs no second buffer"
+
+
+async def test_posts_of_a_wait_avoiding_session_take_turns(door: Door) -> None:
+    """The daemon keeps the last one: the trainer never writes where that lies."""
+    trainer = await Trainer.open(door, more=WAIT_AVOIDING)
+    assert trainer.offer is not None
+    memory = trainer.map()
+    await trainer.attach(proof=memory[:16].tobytes())
+    assert len(trainer.offer.contribution_offsets) == 3 and len(trainer.offer.result_offsets) == 1
+    turn = memory[24:32].view("<u8")
+    used = []
+    for averaging in range(1, 6):
+        at = trainer.offer.contribution_offsets[int(turn[0])]
+        used.append(int(turn[0]))
+        memory[at : at + ONES.nbytes].view(np.float32)[:] = averaging
+        turn[0] = 77  # what a trainer writes there is not believed
+        await door.average(shared_start(trainer.session_id))
+        kept = trainer.offer.contribution_offsets[used[-1]]
+        assert (memory[kept : kept + ONES.nbytes].view(np.float32) == averaging).all()
+        assert turn[0] != used[-1], "the daemon keeps that one"
+        result = trainer.offer.result_offsets[0]
+        assert (memory[result : result + ONES.nbytes].view(np.float32) == 2 * averaging).all()
+
+
+async def test_after_refused_values_the_trainer_writes_where_it_wrote(door: Door) -> None:
+    trainer = await Trainer.open(door, more=WAIT_AVOIDING)
+    assert trainer.offer is not None
+    memory = trainer.map()
+    await trainer.attach(proof=memory[:16].tobytes())
+    at = trainer.offer.contribution_offsets[0]
+    for value in (np.nan, 1.0):
+        memory[at : at + ONES.nbytes].view(np.float32)[:] = value
+        if np.isnan(value):
+            with pytest.raises(grpc.aio.AioRpcError, match="holds nan"):
+                await door.average(shared_start(trainer.session_id))
+            assert memory[24] == 0
+    await door.average(shared_start(trainer.session_id))
+    assert len(door.driver.calls) == 1
 
 
 async def test_who_does_not_ask_is_offered_nothing_and_streams(door: Door, directory: Path) -> None:
