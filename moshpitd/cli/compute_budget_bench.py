@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -28,6 +24,7 @@ import numpy.typing as npt
 from moshpitd.averaging.compute_budget import LEARN_DEFAULT, WARM_UP_DEFAULT, carried_out
 from moshpitd.cli.connection import Daemon
 from moshpitd.cli.failure import ExitCode, Failure
+from moshpitd.cli.local_swarm import BUSY, load_per_core, local_swarm
 from moshpitd.local.v1 import daemon_pb2 as pb
 from moshpitd.simulation.compute_budget import authors_noise
 
@@ -38,8 +35,6 @@ FEATURES = 128
 SAMPLES = 16
 """Of a micro-batch."""
 LEARNING_RATE = 0.1
-BUSY = 2.0
-START_TIMEOUT_S = 60.0
 AVERAGE_TIMEOUT_S = 60.0
 
 Floats = npt.NDArray[np.float64]
@@ -98,7 +93,7 @@ def run(*, peers: int, steps: int, seed: int) -> Figures:
     """Both runs. Raises Failure when the daemons do not come up."""
     measured = WARM_UP_DEFAULT + LEARN_DEFAULT
     problem = Problem(seed)
-    with tempfile.TemporaryDirectory(prefix="moshpitd-bench-") as directory, _swarm(peers, Path(directory)) as sockets:
+    with local_swarm(peers) as sockets:
         _say(f"{peers} trainers, {measured + steps} steps without a tau and with")
         with ThreadPoolExecutor(peers) as pool:
             trainings = [
@@ -136,7 +131,7 @@ def run(*, peers: int, steps: int, seed: int) -> Figures:
         step_seconds=means,
         loss=loss,
         loss_difference=max(abs(value / np.interp(at, samples, losses) - 1) for at, value in common),
-        load_per_core=os.getloadavg()[0] / (os.cpu_count() or 1),
+        load_per_core=load_per_core(),
     )
 
 
@@ -266,53 +261,6 @@ def _average(
     if receipt.outcome != pb.OUTCOME_COMPLETE:
         raise Failure(ExitCode.FAILED, f"averaging {receipt.epoch} of the bench was not complete: {receipt.why}")
     return receipt.budget, np.frombuffer(result, np.float64)
-
-
-@contextlib.contextmanager
-def _swarm(peers: int, directory: Path) -> Iterator[list[Path]]:
-    """Daemons for as long as the block lasts; yields their sockets once all are ready."""
-    with contextlib.ExitStack() as stack:
-        sockets: list[Path] = []
-        processes: list[subprocess.Popen[bytes]] = []
-        first = ""
-        for number in range(peers):
-            home = directory / str(number)
-            home.mkdir()
-            log = stack.enter_context((home / "log").open("w", encoding="utf-8"))
-            socket = home / "s" / "s"
-            command = [sys.executable, "-m", "moshpitd", "run", "--swarm", "bench", "--listen", "127.0.0.1:0"]
-            command += ["--preset", "loopback", "--http", "off", "--socket", str(socket), "--data-dir", str(home / "d")]
-            command += ["--join", first] if first else []
-            clean = {name: value for name, value in os.environ.items() if not name.startswith("MOSHPITD_")}
-            process = subprocess.Popen(command, env=clean, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-            stack.callback(_stop, process)
-            sockets.append(socket)
-            if not first:
-                first = _said(home / "log", r"listening on ([^,]+), ", process)
-            processes.append(process)
-        for number, process in enumerate(processes):
-            _said(directory / str(number) / "log", r"^(ready), ", process)
-        yield sockets
-
-
-def _said(log: Path, pattern: str, process: subprocess.Popen[bytes]) -> str:
-    """Wait for a line of a daemon's log. Raises Failure."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not (found := re.search(pattern, log.read_text(encoding="utf-8"), re.MULTILINE)):
-        if time.monotonic() > deadline or process.poll() is not None:
-            last = log.read_text(encoding="utf-8").splitlines()[-5:]
-            raise Failure(ExitCode.FAILED, "a daemon of the bench does not come up: " + " / ".join(last))
-        time.sleep(0.05)
-    return found[1]
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _say(text: str) -> None:

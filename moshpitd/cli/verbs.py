@@ -485,6 +485,29 @@ def _replay(ctx: click.Context, seed: int) -> str:
     return shlex.join([*words, "--seed", str(seed)])
 
 
+@bench.command("wait-avoiding")
+@click.option(
+    "--part",
+    "parts",
+    type=click.Choice(["exact", "late", "race", "spread"]),
+    multiple=True,
+    default=("exact", "late", "race", "spread"),
+    help="This one; repeatable.  [all]",
+)
+@click.option("--steps", type=click.IntRange(20, 10_000), default=60, show_default=True, help="Of each run.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@json_flag
+def wait_avoiding(*, parts: tuple[str, ...], steps: int, seed: int, as_json: bool) -> None:
+    """Wait-avoiding averaging on real daemons, beside synchronous averaging: trainers that sleep, some of them late.
+
+    exact: all punctual, the mean after one version an axis. late: one sleeps 2 s, how long do the others' calls take?
+    race: two of eight late by 320 ms in steps of 100, step times of each way. spread: how far 16 models are apart.
+    """
+    from moshpitd.cli import wait_avoiding_bench
+
+    wait_avoiding_bench.show(wait_avoiding_bench.run(parts=parts, steps=steps, seed=seed), as_json=as_json)
+
+
 @bench.command("compute-budget")
 @click.option("--peers", type=click.IntRange(2, 64), default=8, show_default=True, help="Daemons, each with a trainer.")
 @click.option("--steps", type=click.IntRange(10, 10_000), default=100, show_default=True, help="With a tau.")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moshpitd.averaging.cohort import CohortConfig, WaitAvoidance
+from moshpitd.averaging.compute_budget import BudgetOptions
 from moshpitd.averaging.errors import InvalidInput, NoGroup, Precondition, Unavailable
 from moshpitd.averaging.messages import Activation, Contributing, Outcast, View
 from moshpitd.averaging.receipt import Outcome, VersionReceipt
@@ -375,16 +376,6 @@ def test_the_first_barrier_needs_min_peers_and_later_ones_whoever_is_alive() -> 
     assert told(back.endings[-1]).kind == "barrier"
 
 
-def test_a_first_barrier_without_enough_peers_ends_at_the_deadline() -> None:
-    options = options_for(np.zeros(4, np.float32), wait_avoidance=WaitAvoidance(2, 5), min_peers=3)
-    swarm = Swarm(0, config=CONFIG)
-    peers = [swarm.open(f"p{number}", options) for number in range(2)]
-    model = Vector.of({"w": np.zeros(4, np.float32)})
-    endings = swarm.average({peer: (model, Call(timeout_s=5.0)) for peer in peers})
-    for ending in endings.values():
-        assert isinstance(ending.error, NoGroup) and "2 of 3 peers here" in str(ending.error)
-
-
 def test_a_newcomer_waits_for_the_barrier_and_brings_nothing_into_a_sum() -> None:
     cohort = Cohort(4, 2, barrier_every=4, min_peers=2)
     cohort.step()
@@ -453,6 +444,10 @@ def test_bad_calls_are_refused_by_name() -> None:
         cohort.swarm.start(peer, vector, Call(weight=2.0))
     with pytest.raises(InvalidInput, match="epoch 7: versions of a wait-avoiding session are numbered"):
         cohort.swarm.start(peer, vector, Call(epoch=7))
+    with pytest.raises(InvalidInput, match="does not go with wait-avoiding averaging"):
+        peer.machine.set_budget(BudgetOptions(micro_batches=4), cohort.swarm.now)
+    with pytest.raises(InvalidInput, match="takes no compute budget"):
+        peer.machine.weighed(Call(micro_batch_s=((0.1,),)), cohort.swarm.now)
     with pytest.raises(InvalidInput, match="the layout changed: tensor"):
         cohort.swarm.start(peer, Vector.of({"w": np.zeros(3, np.float32)}), CALL)
     cohort.post(peer)

@@ -224,6 +224,8 @@ def test_weights_epochs_second_trainers_and_too_few_peers_are_refused(four: list
         for wish, why in (({"weight": 2.0}, "all weigh the same"), ({"epoch": 3}, "numbered by the daemons")):
             with pytest.raises(InvalidInput, match=why):
                 first.average(**wish).result(DEADLINE_S)  # type: ignore[arg-type]
+        with pytest.raises(InvalidInput, match="a compute budget does not go with wait-avoiding averaging"):
+            first.session.compute_budget(micro_batches=4)
         with pytest.raises(PreconditionFailed, match="takes one a daemon"):
             Trainer(four[0], random_tensors(0), **options("alone"))
         with pytest.raises(NoGroup, match="1 of 4 peers here"):
