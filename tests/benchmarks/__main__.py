@@ -28,10 +28,12 @@ from tests.benchmarks import (
     idle,
     links,
     local_hop,
+    loss_over_time,
     matchmaking,
     profiling,
     report,
     under_load,
+    wait_avoiding,
     whole_step,
 )
 from tests.benchmarks.figures import Measured, WrongResult
@@ -52,6 +54,8 @@ BENCHMARKS: dict[str, Callable[..., Measured]] = {
     "directory": directory.measure,
     "codecs": codecs.measure,
     "codec_links": codec_links.measure,
+    "wait_avoiding": wait_avoiding.measure,
+    "loss_over_time": loss_over_time.measure,
 }
 BY_NAME_ONLY: dict[str, Callable[..., Measured]] = {"huge": under_load.measure_huge, "profile": profiling.measure}
 """They take minutes or need the machine's whole memory."""

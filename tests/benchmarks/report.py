@@ -236,6 +236,8 @@ def _pictures(records: Mapping[str, Record]) -> list[Path]:
         drawn.append(_draw_codecs(records["codecs"].measured.details))
     if "codec_links" in records:
         drawn.append(_draw_codec_links(records["codec_links"].measured.details))
+    if "loss_over_time" in records and records["loss_over_time"].measured.details:
+        drawn.append(_draw_losses(records["loss_over_time"].measured.details))
     for name, unit, title in (
         ("links", "%", "of the nominal rate, or of plain TCP in the same net"),
         ("local_hop", "%", "what the local hop adds to a step"),
@@ -320,6 +322,29 @@ def _draw_codec_links(details: Mapping[str, Any]) -> Path:
     axes.set_title("4 peers, 16 MB of float32", fontsize=9)
     axes.legend(fontsize=7)
     return _save(figure, "codec_links")
+
+
+def _draw_losses(details: Mapping[str, Any]) -> Path:
+    """Loss over wall clock: of the mean of all models, and fainter of the trainers' own."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.6, 4.2))
+    colours = {"synchronous": "#000000", "groups": "#D55E00", "wait-avoiding": "#0072B2"}
+    for name, curve in details["curves"].items():
+        axes.plot(curve["seconds"], curve["mean"], label=name, color=colours[name])
+        axes.plot(curve["seconds"], curve["own"], color=colours[name], alpha=0.35, linestyle="--")
+    final = details["curves"]["synchronous"]["mean"][-1]
+    axes.axhline(final, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set(
+        yscale="log",
+        xlabel="seconds",
+        ylabel="cross-entropy on all shards",
+        title="Eight trainers, two of them late in each step (dashed: each one's own model)",
+    )
+    axes.title.set_fontsize(9)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    return _save(figure, "loss_over_time")
 
 
 def _draw_bars(name: str, title: str, figures: Sequence[Figure]) -> Path:
