@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,7 +50,7 @@ from moshpitd.averaging.messages import Address, Chunk, Message, Record, Sightin
 from moshpitd.averaging.names import GroupId, Key, PeerId, Rank, short
 from moshpitd.averaging.receipt import BudgetLine, Receipt
 from moshpitd.averaging.session import Call, SessionConfig, SessionOptions, SessionStatus, Whereabouts
-from moshpitd.averaging.vector import Vector
+from moshpitd.averaging.vector import Layout, Vector
 from moshpitd.directory import Directory, DirectoryError
 from moshpitd.identity import Identity, peer_id, verify
 from moshpitd.peer import wire
@@ -253,6 +253,8 @@ class Driver:
         if running is None:
             raise SessionNotFound(f"no session {session_id!r}: open one first (the daemon may have been restarted)")
         call = await self._once_free(running, call)
+        async with running.still:
+            pass
         ending = running.start(call, vector, progress, spares)
         try:
             return await asyncio.shield(ending)
@@ -288,6 +290,35 @@ class Driver:
         async with asyncio.TaskGroup() as group:
             for _ in range(self._config.threads):
                 group.create_task(work())
+
+    async def feedback_layout(self, session_id: str) -> Layout:
+        """Of the session's error feedback. Precondition where there is none."""
+        async with self._still(session_id) as running:
+            return running.machine.feedback_layout()
+
+    async def save_feedback(self, session_id: str) -> Vector:
+        """A copy of the session's error feedback, taken between averagings. Precondition where there is none."""
+        async with self._still(session_id) as running:
+            running.machine.feedback_layout()
+            return await asyncio.get_running_loop().run_in_executor(self._pool, running.machine.save_feedback)
+
+    async def load_feedback(self, session_id: str, state: Vector) -> None:
+        """Go on from a saved one. InvalidInput where it is of other tensors or another compressor."""
+        async with self._still(session_id) as running:
+            loop = asyncio.get_running_loop()
+            last_k = await loop.run_in_executor(self._pool, running.machine.load_feedback, state)
+            running.feed(partial(running.machine.count_on_from, last_k))
+
+    @contextlib.asynccontextmanager
+    async def _still(self, session_id: str) -> AsyncIterator[Running]:
+        """Between two averagings of the session: waits for the one under way."""
+        running = self._running.get(session_id)
+        if running is None:
+            raise SessionNotFound(f"no session {session_id!r}: open one first (the daemon may have been restarted)")
+        async with running.still:
+            if running.ending is not None and not running.ending.done():
+                await asyncio.wait([running.ending])
+            yield running
 
     async def _once_ready(self, call: Call, progress: Callable[[ProgressNote], None]) -> Call:
         """Wait until the daemon found its swarm; returns the call with the time that is left."""
@@ -439,7 +470,7 @@ class Driver:
 
     def compute(self, effect: Compute, done: Callable[[object], None]) -> None:
         """Run a job, inline or in a thread; `done` is called on the loop."""
-        if effect.cost_bytes <= self._config.inline_bytes_max:
+        if max(effect.cost_bytes, effect.of_bytes) <= self._config.inline_bytes_max:
             done(effect.job())
             return
         loop = asyncio.get_running_loop()
@@ -488,6 +519,8 @@ class Running:
         self.ending: asyncio.Future[Averaged] | None = None
         self.progress: Callable[[ProgressNote], None] | None = None
         self.withdrawals: list[asyncio.Task[None]] = []
+        self.still = asyncio.Lock()
+        """Held while the error feedback is saved or loaded: no averaging begins."""
         self._driver = driver
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None

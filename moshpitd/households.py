@@ -21,7 +21,7 @@ from moshpitd.averaging.errors import Precondition, SessionError, SessionNotFoun
 from moshpitd.averaging.household import Abandon, Average, Household, HouseholdConfig, Refuse, State, Tell
 from moshpitd.averaging.receipt import BudgetLine, LocalLine, Outcome, Receipt
 from moshpitd.averaging.session import Call, SessionOptions, SessionStatus
-from moshpitd.averaging.vector import Vector
+from moshpitd.averaging.vector import Layout, Vector
 from moshpitd.averaging.weighted_mean import copy_jobs, mean_jobs
 from moshpitd.driver import Averaged, Driver, PeerLine, ProgressNote
 
@@ -149,6 +149,18 @@ class Households:
         """Whether the trainer, none of whose calls is under way, must not write into this buffer all the same."""
         home = self._home_of.get(session_id)
         return home is not None and self._driver.holds(home.session_id, vector)
+
+    async def feedback_layout(self, session_id: str) -> Layout:
+        """Of the error feedback of the trainer's session, which all its trainers here share."""
+        return await self._driver.feedback_layout(self._home(session_id).session_id)
+
+    async def save_feedback(self, session_id: str) -> Vector:
+        """See the driver."""
+        return await self._driver.save_feedback(self._home(session_id).session_id)
+
+    async def load_feedback(self, session_id: str, state: Vector) -> None:
+        """See the driver."""
+        await self._driver.load_feedback(self._home(session_id).session_id, state)
 
     def sessions(self) -> list[HouseholdLine]:
         """All of them; being asked makes them look again who is there."""

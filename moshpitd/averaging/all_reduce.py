@@ -190,6 +190,15 @@ class AllReduce:
     # ---- what the owner reads
 
     @property
+    def result(self) -> Vector | None:
+        """The averages, once committed."""
+        return self._result if self.state is State.COMMITTED else None
+
+    @property
+    def codec_name(self) -> str:
+        return self._codec_name
+
+    @property
     def live(self) -> tuple[Rank, ...]:
         return self._live
 
@@ -401,7 +410,6 @@ class AllReduce:
         piece = self._pieces[index]
         values = self._values.elements(piece.start, piece.stop)
         coding = self._codecs[index].contribution
-        self.bytes_sent += coding.encoded_bytes(values.dtype, len(values))
         self.elements_sent += len(values)
         encode = partial(coding.encode, values)
         unsent = self._unsent.elements(piece.start, piece.stop) if self._unsent is not None else None
@@ -409,7 +417,13 @@ class AllReduce:
         self._contributions_sent += 1
         if unsent is not None or is_measured:
             encode = partial(encode_noting_loss, coding, values, unsent, self._losses.append if is_measured else None)
-        return Outgoing(Chunk(index, self._view, b"", is_average=False), encode)
+        return Outgoing(Chunk(index, self._view, b"", is_average=False), partial(self._counted, encode))
+
+    def _counted(self, encode: Callable[[], bytes | memoryview]) -> bytes | memoryview:
+        """How large a code is may be known only when it is made."""
+        code = encode()
+        self.bytes_sent += len(code)
+        return code
 
     def _outgoing_average(self, index: int) -> Outgoing:
         piece = self._pieces[index]

@@ -79,6 +79,8 @@ class Compute:
     job: Callable[[], object]
     cost_bytes: int
     """Bytes it reads: a simulator's virtual cost, a driver's choice between inline and thread."""
+    of_bytes: int = 0
+    """... of all that are wished for at once with it: they would keep an event loop one after the other."""
 
 
 @dataclass(frozen=True, slots=True)

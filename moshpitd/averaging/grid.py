@@ -119,7 +119,8 @@ class Plan:
         return {line: tuple(peers) for line, peers in lines.items()}
 
     def axis(self, k: int, j: int, rounds: int) -> int:
-        return (k * rounds + j) % len(self.sides)
+        """Every stage of an averaging has `rounds` round numbers and goes along the same axes."""
+        return (k * rounds + j % rounds) % len(self.sides)
 
     def is_well_formed(self) -> bool:
         """Whether a plan from outside can be meant seriously."""

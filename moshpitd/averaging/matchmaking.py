@@ -54,6 +54,7 @@ from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, sh
 from moshpitd.averaging.partition import CHUNK_BYTES_MAX, chunk_bytes_of, known_rate, spans_of
 from moshpitd.averaging.vector import Layout
 
+AGREEMENT_BYTES_MAX = 32
 APPLICANTS_MAX = 4096
 """Joins kept for one key."""
 RESERVE_SHARE = 0.2
@@ -268,6 +269,15 @@ class Matchmaking:
         """Our trainer's time for this round is over."""
         if self.state in (State.APPLYING, State.WAITING, State.LEADING):
             self._become_ended(why, now)
+
+    def leave(self, why: str, now: float) -> None:
+        """Our trainer goes on elsewhere in this averaging; who applied here is told that this round is over."""
+        if self.state is State.LEADING:
+            applications = list(self._applications.values())
+            self._applications.clear()
+            self._turn_away(applications, why, now)
+        else:
+            self.give_up(why, now)
 
     def go_on_to(self, k: int, now: float) -> None:
         """Others wait in a later averaging: leave this round for it, and send there who applied here."""
@@ -920,6 +930,7 @@ def join_is_sound(join: Join) -> bool:
         0 <= join.applicant.weight <= CARRIED_WEIGHT_MAX
         and len(join.unreachable) <= UNREACHABLE_TOLD_MAX
         and len(join.cell) <= AXES_MAX
+        and len(join.applicant.agreement) <= AGREEMENT_BYTES_MAX
     )
 
 

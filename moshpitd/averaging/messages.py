@@ -143,6 +143,8 @@ class Member:
     none."""
     budget: Budget = Budget()
     """What its steps go by."""
+    agreement: bytes = b""
+    """What it brings to a stage that its members must agree on, as a hash; empty: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +326,15 @@ class Coming:
     j: int
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Do not wait for me in the rounds of averaging k before j: I shall not come to them. Told to the lines of rounds
+    that are left out, and to who calls us there; who waits in a stage that all must agree on then leaves it too."""
+
+    k: int
+    j: int
+
+
 # ---- the all-reduce of a group
 
 
@@ -457,7 +468,7 @@ class Stranger:
 
 MatchmakingMessage = Hail | Coming | Join | Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound
 ReductionMessage = Ready | Suspect | View | Holdings | Heartbeat
-SessionMessage = PlanWanted | PlanNotice | TermsWanted | TermsNotice | Farewell | Latencies
+SessionMessage = Ahead | PlanWanted | PlanNotice | TermsWanted | TermsNotice | Farewell | Latencies
 CohortMessage = Activation | Contributing | Outcast | Stranger
 Message = MatchmakingMessage | ReductionMessage | SessionMessage | CohortMessage
 

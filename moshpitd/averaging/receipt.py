@@ -93,6 +93,8 @@ class RoundReceipt:
     """Of what this peer sent; 0: nothing."""
     relative_error: float = 0.0
     """Of its contribution as others decode it, by norm, measured on some of the chunks."""
+    stage: str = "dense"
+    """What was averaged: the values themselves, or what a compressor made of them (sketch, rows)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,3 +193,6 @@ class Receipt:
     """Of a wait-avoiding session only."""
     budget: BudgetLine | None = None
     """Of a session with a compute budget."""
+    compressor: str = "dense"
+    notes: tuple[str, ...] = ()
+    """What the compressor has to say: why all was sent where rows should have been."""

@@ -7,10 +7,16 @@ handed in, wishes go out as effects.
 | state     | means                                                   | left by                                        |
 |-----------|---------------------------------------------------------|------------------------------------------------|
 | IDLE      | the trainer computes; joins for us are kept             | start() -> GATHERING                           |
-| GATHERING | waiting for peers, or for a plan                        | enough and planned -> MATCHING; time -> IDLE   |
+| GATHERING | waiting for peers, or for a plan                        | enough and planned -> COMPUTING or MATCHING;   |
+|           |                                                         | time -> IDLE                                   |
+| COMPUTING | jobs of the compressor run                              | the last -> MATCHING or IDLE                   |
 | MATCHING  | finding the group of round (k, j)                       | group -> REDUCING; none -> next round or IDLE  |
-| REDUCING  | the group's all-reduce runs                             | its end -> MATCHING (j + 1) or IDLE            |
+| REDUCING  | the group's all-reduce runs                             | its end -> MATCHING (j + 1), COMPUTING or IDLE |
 | CLOSED    | the session left                                        | (none)                                         |
+
+What is averaged the session's compressor says (compressors/stages.py): a run an averaging, made of stages that each go
+through R rounds along the same axes. The stage in slot s has the rounds s * R and following. A run is dropped when a
+stage met nobody, or when the time is up between two stages: then the averaging ends alone, and nothing has changed.
 """
 
 from __future__ import annotations
@@ -27,10 +33,31 @@ from typing import assert_never
 
 from moshpitd.averaging.all_reduce import AllReduce, AllReduceConfig, Outgoing
 from moshpitd.averaging.all_reduce import State as ReductionState
-from moshpitd.averaging.codecs import VectorCodec, rules_of
+from moshpitd.averaging.codecs import INTEGERS, VectorCodec, codec_named, rules_of
 from moshpitd.averaging.cohort import CohortConfig, CohortStatus, WaitAvoidance
+from moshpitd.averaging.compressors import (
+    Done,
+    Jobs,
+    Run,
+    Stage,
+    Unsent,
+    check_compressor,
+    compressor_named,
+)
+from moshpitd.averaging.compressors.stages import FEEDBACK_NAME_BYTES_MAX
 from moshpitd.averaging.compute_budget import SECONDS_MAX, BudgetKeeper, BudgetOptions
-from moshpitd.averaging.effects import Announce, Effect, Failed, Finished, Log, LookUp, Progress, Send, Withdraw
+from moshpitd.averaging.effects import (
+    Announce,
+    Compute,
+    Effect,
+    Failed,
+    Finished,
+    Log,
+    LookUp,
+    Progress,
+    Send,
+    Withdraw,
+)
 from moshpitd.averaging.errors import (
     InvalidInput,
     NoGroup,
@@ -65,6 +92,7 @@ from moshpitd.averaging.membership import BEHIND_MAX, HOLES_TOLD_MAX, Credential
 from moshpitd.averaging.messages import (
     Activation,
     Address,
+    Ahead,
     Begin,
     Begun,
     Bound,
@@ -100,7 +128,7 @@ from moshpitd.averaging.messages import (
     TooShort,
     View,
 )
-from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
+from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, digest, short
 from moshpitd.averaging.receipt import (
     BudgetLine,
     DroppedLine,
@@ -111,7 +139,7 @@ from moshpitd.averaging.receipt import (
     Receipt,
     RoundReceipt,
 )
-from moshpitd.averaging.vector import Layout, Vector
+from moshpitd.averaging.vector import Layout, TensorSpec, Vector
 
 NAME_DEFAULT = "default"
 TIMEOUT_DEFAULT_S = 60.0
@@ -129,6 +157,14 @@ EARLY_VIEWS_MAX = 1 << 13
 """... and in one message."""
 TENSORS_TOLD_MAX = 4096
 ANCHOR_TOLD_BYTES = 8
+SETTLE_RESERVE_S = 0.5
+"""A compressor with a state has so much of the caller's time for itself when the rounds are over..."""
+SETTLE_SHARE = 0.1
+"""... but at most this part of it."""
+COUNT = TensorSpec("averagings", (2,), "float64")
+"""Beside the compressor's state: how many averagings were counted."""
+OWN_JOBS = GroupId(b"")
+"""In the place of a group: the compressor's jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +177,7 @@ class SessionOptions:
     """Rounds an averaging; 0 = auto, as many as the plan has axes."""
     codec: str = "float32"
     """As rules_of reads it."""
+    compressor: str = "dense"
     min_peers: int = 1
     """Begin an averaging only when this many live sessions, ours included, are there. Without waiting: only the swarm's
     first barrier; later ones take whoever is alive, so that the death of one does not end the training of all."""
@@ -153,7 +190,20 @@ class SessionOptions:
 
     def check(self) -> None:
         """Raises InvalidInput that names what is wrong."""
-        rules_of(self.codec).check(self.layout)
+        rules = rules_of(self.codec)
+        rules.check(self.layout)
+        compressor = check_compressor(self.compressor)
+        compressor_named(compressor, self.layout)
+        if compressor.startswith("arc") and (rules.by_tensor or rules.is_anchored):
+            raise InvalidInput(
+                f"codec {rules.name!r} with compressor {compressor!r}: what is sent are rows of all tensors, not the "
+                "values of each; use one codec for all, without +anchored"
+            )
+        if "ef21m" in compressor and self.rounds:
+            raise InvalidInput(
+                f"compressor {compressor!r} with rounds {self.rounds}: ef21m needs the mean of all peers each time; "
+                "use rounds auto (0), or ef14"
+            )
         if not self.name or len(self.name) > 200:
             raise InvalidInput(f"session name {self.name[:40]!r}: must have 1 to 200 characters")
         if not 0 <= self.rounds <= 64:
@@ -166,6 +216,8 @@ class SessionOptions:
             raise InvalidInput(f"lonely wait {self.lonely_wait_s}: must be a duration in seconds")
         if self.wait_avoidance:
             self.wait_avoidance.check(min_peers=self.min_peers, rounds=self.rounds)
+            if compressor != "dense":
+                raise InvalidInput(f"a wait-avoiding session averages whole models: not with compressor {compressor!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +295,7 @@ class SessionStatus:
     """What a session says of itself."""
 
     state: str
-    """idle, gathering, matching, reducing, closed"""
+    """idle, gathering, computing, matching, reducing, closed"""
     waiting_for: str
     epoch: int
     grid: str
@@ -277,6 +329,7 @@ class State(Enum):
 
     IDLE = "idle"
     GATHERING = "gathering"
+    COMPUTING = "computing"
     MATCHING = "matching"
     REDUCING = "reducing"
     CLOSED = "closed"
@@ -291,6 +344,35 @@ class Anchor:
 
 
 @dataclass(slots=True)
+class Course:
+    """A stage on its way through its rounds."""
+
+    stage: Stage
+    rounds: int
+    values: Vector
+    """What the next round averages. The stage's own until a round committed."""
+    spares: list[Vector]
+    """Buffers for the next rounds' results."""
+    weight: float
+    """Carried into the next round."""
+    first: int
+    """The number of its first round."""
+    done: int = 0
+    """Rounds that are over."""
+    changed: bool = False
+    """Some round committed: `values` is no longer the stage's own."""
+    whole: bool = True
+    """Every round so far was complete."""
+    unsent: list[Unsent] = field(default_factory=list)
+    digest: bytes = b""
+    """Of the last committed round."""
+    result: Vector | None = None
+    """What the round under way writes to."""
+    left_out: Vector | None = None
+    """... and what its codec lacks."""
+
+
+@dataclass(slots=True)
 class Averaging:
     """The averaging under way."""
 
@@ -298,13 +380,27 @@ class Averaging:
     started_at: float
     deadline: float
     values: Vector
-    """What the next round averages. The trainer's own until a round committed."""
+    """The trainer's own."""
     spares: list[Vector]
-    """Buffers for the next rounds' results."""
+    """Buffers of its layout for results."""
     k: int
     weight: float
+    """The call's, or 0."""
     joined: bool = False
     j: int = 0
+    run: Run | None = None
+    """None before it began, and after it was dropped."""
+    course: Course | None = None
+    into: Vector | None = None
+    """The run's."""
+    rounds_until: float = math.inf
+    """The deadline, less what the compressor needs after the last round."""
+    jobs: set[int] = field(default_factory=set)
+    """The run's that are not done."""
+    is_over: bool = False
+    """The trainer is gone: no further round."""
+    ahead: dict[PeerId, int] = field(default_factory=dict)
+    """Who does not come to the rounds before this one."""
     roster_seen: bool = False
     next_look_up: float = 0.0
     next_word: float = 0.0
@@ -317,9 +413,7 @@ class Averaging:
     matchmaking: Matchmaking | None = None
     reduction: AllReduce | None = None
     rounds: list[RoundReceipt] = field(default_factory=list)
-    changed: bool = False
-    """Some round committed: `values` is no longer the trainer's own."""
-    last_group_share: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
 
 class Session:
@@ -340,15 +434,19 @@ class Session:
         """`link`: what is known of the daemon's line; all its sessions teach and ask the same one."""
         options.check()
         self._rules = rules_of(options.codec)
-        self.options = options = replace(options, codec=self._rules.name)  # terms are compared as text
+        self._compressor = compressor_named(options.compressor, options.layout)
+        # Terms are compared as text.
+        self.options = options = replace(options, codec=self._rules.name, compressor=self._compressor.name)
         self._auto_bytes, self._auto_elements = self._rules.share_of_auto(options.layout)
         self._wire_bytes = self._rules.wire_bytes(options.layout)
-        self._codecs: dict[str, VectorCodec] = {}
-        """By what `auto` is in a group."""
+        self._codecs: dict[tuple[str, Layout], VectorCodec] = {}
+        """By what `auto` is in a group, and what is averaged."""
         self._anchors: dict[int, Anchor] = {}
         """By axis; only where the codec asks for them. One vector each, and one more while a round writes it."""
         averaging = options.wait_avoidance.term if options.wait_avoidance else IN_STEP
-        self.terms = Terms(options.layout.digest, options.rounds, options.codec, averaging=averaging)
+        self.terms = Terms(
+            options.layout.digest, options.rounds, options.codec, options.compressor, averaging=averaging
+        )
         self.key = session_key(here.swarm, options.name)
         self.state = State.IDLE
         self.outcomes: dict[str, int] = {}
@@ -371,6 +469,7 @@ class Session:
         self._current: Averaging | None = None
         self._matchmakings: dict[Key, Matchmaking] = {}
         self._reductions: dict[GroupId, AllReduce] = {}
+        self._next_job = 0
         self._early: dict[PeerId, deque[ReductionMessage]] = {}
         """Of groups we have not heard of yet."""
         self._offsets: deque[float] = deque(maxlen=128)
@@ -455,6 +554,9 @@ class Session:
         # A round that failed may still have a job under way, which writes into what was its spare.
         free = [spare for spare in spares if self.is_free(spare)]
         self._current = Averaging(call, now, now + call.timeout_s, vector, free, k, call.weight)
+        settles = self._compressor.state_layout is not None
+        settle_s = min(SETTLE_RESERVE_S, SETTLE_SHARE * call.timeout_s) if settles else 0.0
+        self._current.rounds_until = self._current.deadline - settle_s
         # A newcomer looks first, at its first call; the others are warm.
         self._current.roster_seen = self._last_k >= 0 or now < self._looked_at + self._config.lease_ttl_s / 2
         self._become(State.GATHERING)
@@ -474,13 +576,13 @@ class Session:
         current = self._current
         if current is None:
             return
+        current.is_over = True
         if current.matchmaking and self.state is State.MATCHING:
             current.matchmaking.give_up("its trainer is gone", now)
-        if self.state in (State.GATHERING, State.MATCHING):
+        if self.state is State.MATCHING and current.course and current.course.changed and current.course.stage.fed:
+            self._end_stage(now)  # others have what we sent of our offer: that must be remembered
+        elif self.state in (State.GATHERING, State.MATCHING):
             self._fail(Unavailable("the trainer is gone"))
-        else:
-            current.deadline = min(current.deadline, now + current.call.timeout_s)
-            current.j = 1 << 30  # no further round
 
     def close(self, now: float) -> None:
         """Leave the swarm, at once known to it."""
@@ -523,6 +625,8 @@ class Session:
                 self._pass_on(message.key, message, sender, now)
             case Ready() | Suspect() | View() | Holdings() | Heartbeat():
                 self._receive_in_group(message, sender, now)
+            case Ahead(k=k, j=j):
+                self._receive_ahead(k, j, sender)
             case PlanWanted(missing=missing):
                 for peer in missing[:HOLES_TOLD_MAX]:  # if it is gone, this finds out; if not, it is answered by a plan
                     self._tell(peer, self._members.address_of(peer), PlanWanted())
@@ -583,7 +687,10 @@ class Session:
             self._step(now)
 
     def compute_finished(self, group_id: GroupId, job_id: int, value: object, now: float) -> None:
-        if reduction := self._reductions.get(group_id):
+        if group_id == OWN_JOBS:
+            self._own_job_done(job_id, now)
+            self._step(now)
+        elif reduction := self._reductions.get(group_id):
             reduction.compute_finished(job_id, value, now)
             self._step(now)
 
@@ -608,7 +715,11 @@ class Session:
         moments = [m.next_deadline() for m in self._matchmakings.values()]
         moments += [r.next_deadline() for r in self._reductions.values()]
         if self._current:
-            moments += [self._current.deadline, self._current.next_word]
+            moments.append(self._current.next_word)
+            if self.state is State.GATHERING:
+                moments.append(self._current.deadline)
+            elif self.state is not State.COMPUTING:  # its jobs end soon, and are waited for
+                moments.append(self._current.rounds_until)
             if self.state is State.GATHERING:
                 moments.append(self._current.next_look_up)
         if self._look_again_at is not None:
@@ -639,7 +750,53 @@ class Session:
     @property
     def contribution(self) -> Vector | None:
         """What the reduction under way reads; unchanged until it has committed. None when there is none."""
-        return self._current.values if self._current else None
+        course = self._current.course if self._current else None
+        return course.values if course else None
+
+    def result_of(self, group_id: GroupId) -> Vector | None:
+        """What a group's reduction that has just committed wrote; another round may soon write there."""
+        reduction = self._reductions.get(group_id)
+        return reduction.result if reduction else None
+
+    def feedback_layout(self) -> Layout:
+        """Of what `save_feedback` gives. Raises Precondition where there is none, or it is just being changed."""
+        layout = self._compressor.state_layout
+        if layout is None:
+            raise Precondition(
+                f"session {self.options.name!r} keeps no error feedback: its compressor is {self._compressor.name}; "
+                "open it with another, dense:ef14 say, if its codec is lossy"
+            )
+        if self._current is not None:
+            raise Precondition("an averaging of this session is under way and changes its feedback: await it first")
+        return Layout.of([*layout.tensors, COUNT], name_bytes_max=FEEDBACK_NAME_BYTES_MAX)
+
+    def save_feedback(self) -> Vector:
+        """A copy of the error feedback and of how far we have counted; takes as long as copying it."""
+        state = Vector.empty(self.feedback_layout())
+        arrays = self._compressor.save()
+        for spec, view in state.views():
+            view[:] = arrays[spec.name] if spec.name in arrays else divmod(self._last_k + 1, 1 << 31)
+        return state
+
+    def load_feedback(self, state: Vector) -> int:
+        """Go on from a saved one; gives the number of the last averaging that is in it, for `count_on_from`. Raises
+        InvalidInput that names what does not fit; the feedback is then as before."""
+        if difference := self.feedback_layout().first_difference(state.layout):
+            raise InvalidInput(
+                f"the saved feedback is not of this session's tensors and {self._compressor.name}: {difference}"
+            )
+        arrays = {spec.name: view for spec, view in state.views()}
+        high, low = (float(part) for part in arrays.pop(COUNT.name))
+        if not (0 <= high < 1 << 31 and 0 <= low < 1 << 31 and high == int(high) and low == int(low)):
+            raise InvalidInput(f"the saved feedback's {COUNT.name!r} is not one that was saved")
+        self._compressor.load(arrays)
+        return (int(high) << 31) + int(low) - 1
+
+    def count_on_from(self, last_k: int, now: float) -> None:
+        """Averagings up to this one were taken part in, by an earlier session: we are no newcomer."""
+        if last_k > self._last_k:
+            self._last_k, self._next_k = last_k, max(self._next_k, last_k + 1)
+            self._announce_lease(now)
 
     _result: Vector | None = None
 
@@ -761,7 +918,7 @@ class Session:
         newcomer = self._last_k < 0 and self.options.joining == "receive"
         current.joined = newcomer and self._members.has_history(current.k)
         current.weight = 0.0 if current.joined else current.call.weight
-        self._begin_round(now)
+        self._begin_run(now)
 
     def _notice_cohort(self) -> None:
         """Without waiting nobody needs `min_peers` any more once a barrier was passed: by us, or by the others while we
@@ -822,6 +979,8 @@ class Session:
                 return f"looking who is there, {left}"
             case State.MATCHING if current.matchmaking:
                 return f"round {current.j}: {current.matchmaking.waiting_for()}, {left}"
+            case State.COMPUTING:
+                return f"choosing what to send, {left}"
             case State.REDUCING if current.reduction:
                 done = current.reduction.fraction_done()
                 return f"round {current.j}: {done:.0%} of the averages here, {left}"
@@ -834,10 +993,10 @@ class Session:
             return
         current.next_word = now + 1.0
         fraction = 0.0
-        if current.plan:
-            rounds = self._rounds_planned(current.plan)
+        if course := current.course:
             within = current.reduction.fraction_done() if current.reduction and self.state is State.REDUCING else 0.0
-            fraction = min(1.0, (current.j + within) / rounds)
+            stages = course.stage.slot + 1 + course.stage.more
+            fraction = min(1.0, (course.stage.slot + (course.done + within) / course.rounds) / stages)
         if text := self._waiting_for(now):
             self._effects.append(Progress(text, fraction))
 
@@ -931,23 +1090,175 @@ class Session:
             with suppress(RemoteProtocolError):  # not the fault of who told us the plan
                 self._receive_join(join, sender, now)
 
-    # ---- rounds
+    # ---- stages
 
-    def _rounds_planned(self, plan: Plan) -> int:
-        return self.options.rounds or len(plan.sides)
-
-    def _begin_round(self, now: float) -> None:
+    def _begin_run(self, now: float) -> None:
         current = self._current
         assert current is not None
-        if current.j == 0:
+        if current.into is None:
+            current.into = current.spares.pop() if current.spares else Vector.empty(self.options.layout)
+        current.spares = [spare for spare in current.spares if spare is not current.into]  # of a first try of this call
+        current.course = None
+        seed = digest("averaging", self.key, current.k)
+        current.run = self._compressor.begin(
+            current.values, current.into, weight=current.weight, k=current.k, seed=seed
+        )
+        self._go_on(now)
+
+    def _go_on(self, now: float) -> None:
+        """Do what the compressor wishes next."""
+        current = self._current
+        assert current is not None
+        assert current.run is not None
+        match wish := current.run.wish:
+            case Jobs(jobs=()):
+                current.run.jobs_done()
+                self._go_on(now)
+            case Jobs(jobs=jobs):
+                self._become(State.COMPUTING)
+                of_bytes = sum(job.cost_bytes for job in jobs)
+                for job in jobs:
+                    self._next_job += 1
+                    current.jobs.add(self._next_job)
+                    self._effects.append(Compute(OWN_JOBS, self._next_job, job.call, job.cost_bytes, of_bytes))
+            case Stage() if current.is_over or (current.course and now >= current.rounds_until):
+                self._drop_run(f"time ran out before {wish.name} could be sent", now)
+            case Stage():
+                self._begin_stage(wish, now)
+            case Done():
+                self._finish(now)
+            case _:
+                assert_never(wish)
+
+    def _own_job_done(self, job_id: int, now: float) -> None:
+        current = self._current
+        if current is None or job_id not in current.jobs:
+            return  # of a run that was dropped with its session
+        current.jobs.remove(job_id)
+        if not current.jobs:
+            assert current.run is not None
+            current.run.jobs_done()
+            self._go_on(now)
+
+    def _begin_stage(self, stage: Stage, now: float) -> None:
+        current = self._current
+        assert current is not None
+        before = current.j
+        if stage.slot == 0:
             if current.k != self._next_k:
                 self._next_k = current.k
                 self._announce_lease(now)
             current.plan = self._members.plan_for(current.k)
             assert current.plan is not None
             current.cell = self._members.cell(current.plan, current.k)
-        plan, cell = current.plan, current.cell
+        assert current.plan is not None
+        planned = self._rounds_planned(current.plan)
+        is_ours = stage.values.layout == self.options.layout
+        spares = current.spares if is_ours else []
+        if stage.spare is not None:
+            spares.append(stage.spare)
+        current.course = Course(
+            stage=stage,
+            rounds=min(planned, len(current.plan.sides)) if stage.sums else planned,
+            values=stage.values,
+            spares=spares,
+            weight=current.weight,
+            first=stage.slot * planned,
+        )
+        current.j = current.course.first
+        if before < current.j:
+            self._tell_ahead(before, now)
+        self._begin_round(now)
+
+    def _end_stage(self, now: float) -> None:
+        """Its rounds are over, or there is no time for more of them."""
+        current = self._current
+        assert current is not None
+        course, run, plan = current.course, current.run, current.plan
+        assert course is not None
+        assert run is not None
         assert plan is not None
+        current.j = course.first + self._rounds_planned(plan)
+        current.matchmaking = current.reduction = None
+        if not course.changed:
+            self._drop_run("", now)
+            return
+        whole = course.whole and course.done == course.rounds
+        run.averaged(course.values, course.unsent, whole=whole, digest=course.digest)
+        self._go_on(now)
+
+    def _disagree(self, why: str, now: float) -> None:
+        """The members of our line, or some of them, do not agree on this stage: all leave it."""
+        current = self._current
+        assert current is not None
+        course, run, plan, matchmaking = current.course, current.run, current.plan, current.matchmaking
+        assert course is not None
+        assert run is not None
+        assert plan is not None
+        before, current.j = current.j, course.first + self._rounds_planned(plan)
+        self._log(f"round {current.k}.{before} {course.stage.name} left: {why}")
+        self._tell_ahead(before, now)
+        if matchmaking is not None and matchmaking.state is not MatchmakingState.BOUND:
+            matchmaking.leave(why, now)
+            self._effects += self._effects_of(matchmaking)
+        current.matchmaking = None
+        run.disagreed(why)
+        self._go_on(now)
+
+    def _drop_run(self, why: str, now: float) -> None:
+        current = self._current
+        assert current is not None
+        assert current.run is not None
+        current.notes = [*current.run.notes, *([why] if why else [])]
+        current.run = None
+        if current.course is None:
+            self._fail(Unavailable("the trainer is gone"))
+        else:
+            self._finish(now)
+
+    def _tell_ahead(self, before: int, now: float) -> None:
+        """Our lines in the rounds from `before` to where we are now: we shall not come."""
+        current = self._current
+        assert current is not None
+        assert current.plan is not None
+        rounds = self._rounds_planned(current.plan)
+        axes = {current.plan.axis(current.k, j, rounds) for j in range(before, current.j)}
+        lines = {peer for axis in axes for peer in self._members.line(current.plan, axis, current.cell)}
+        for peer in sorted(lines - {self._here.peer}):
+            self._tell(peer, self._members.address_of(peer), Ahead(current.k, current.j))
+
+    def _receive_ahead(self, k: int, j: int, sender: PeerId) -> None:
+        current = self._current
+        if current is None or current.plan is None or current.k != k:
+            return
+        axes = range(len(current.plan.sides))
+        if any(sender in self._members.line(current.plan, axis, current.cell) for axis in axes):
+            current.ahead[sender] = j
+
+    def _left_by(self) -> PeerId | None:
+        """One of our line that has left the stage under way, if all must agree on it."""
+        current = self._current
+        assert current is not None
+        assert current.plan is not None
+        assert current.course is not None
+        if not current.course.stage.agreement:
+            return None
+        line = self._members.line(current.plan, current.axis, current.cell)
+        beyond = current.course.first + self._rounds_planned(current.plan)
+        return next((peer for peer in sorted(current.ahead) if peer in line and current.ahead[peer] >= beyond), None)
+
+    # ---- rounds
+
+    def _rounds_planned(self, plan: Plan) -> int:
+        """Of each stage."""
+        return self.options.rounds or len(plan.sides)
+
+    def _begin_round(self, now: float) -> None:
+        current = self._current
+        assert current is not None
+        plan, cell, course = current.plan, current.cell, current.course
+        assert plan is not None
+        assert course is not None
         current.axis = plan.axis(current.k, current.j, self._rounds_planned(plan))
         current.round_started_at = now
         matchmaking = self._matchmaking(plan, current.k, current.j, current.axis, cell)
@@ -957,15 +1268,16 @@ class Session:
         current.matchmaking = matchmaking
         current.reduction = None
         self._become(State.MATCHING)
-        wait_s = (current.deadline - now) / max(1, self._rounds_planned(plan) - current.j)
+        rounds_left = course.rounds - course.done + course.stage.more * self._rounds_planned(plan)
+        wait_s = (current.rounds_until - now) / max(1, rounds_left)
         self._refresh(matchmaking, now)
         may_follow = current.j == 0 and current.call.epoch is None
-        mine = self._member(current.axis, cell[current.axis], current.weight)
-        matchmaking.seek(mine, wait_s, now, may_follow=may_follow)
+        member = self._member(current.axis, cell[current.axis], course.weight, course.stage.agreement)
+        matchmaking.seek(member, wait_s, now, may_follow=may_follow)
         self._announce_presence(matchmaking.round.key, cell[current.axis])
         self._look_at_matchmaking(now)
 
-    def _member(self, axis: int, coordinate: int, weight: float) -> Member:
+    def _member(self, axis: int, coordinate: int, weight: float, agreement: bytes) -> Member:
         here, link, anchor = self._here, self._link, self._anchors.get(axis)
         member = Member(
             here.peer,
@@ -978,6 +1290,7 @@ class Session:
             link.down_bytes_s,
             bulk_port=here.bulk_port,
             anchor=anchor.digest[:ANCHOR_TOLD_BYTES] if anchor else b"",
+            agreement=agreement,
         )
         return replace(member, budget=self._budget.budget) if self._budget else member
 
@@ -996,7 +1309,7 @@ class Session:
             self._here.peer,
             self._here.incarnation,
             cell,
-            self.options.layout,
+            self._compressor.layout(k, j // self._rounds_planned(plan)),
             self._config.chunk_bytes,
             self._wire_bytes,
             self._auto_bytes,
@@ -1026,7 +1339,7 @@ class Session:
             expected = (*expected, self._here.peer)
         current = self._current
         # About to seek counts: a group must not be closed without us in the moment before.
-        here = round_.j if self.state is State.MATCHING else round_.j - 1
+        here = round_.j if self.state in (State.MATCHING, State.COMPUTING) else round_.j - 1
         coming = current is not None and current.k == round_.k and current.j <= here
         coming = coming or (now < self._promised_until and current is None and not self._is_past(round_.k, round_.j))
         matchmaking.update(candidates, expected, self._grace_s, now, coming=coming, others=line)
@@ -1047,12 +1360,15 @@ class Session:
 
     def _effects_of(self, matchmaking: Matchmaking) -> list[Effect]:
         """A matchmaking says that its round is over; where we can be met since then, only we know."""
-        effects = matchmaking.take_effects()
-        for index, effect in enumerate(effects):
+        effects: list[Effect] = []
+        for effect in matchmaking.take_effects():
             if isinstance(effect, Send) and isinstance(effect.message, Closed) and self._is_past(*_round_of(effect)):
+                if self._current and self._current.k == effect.message.k:
+                    effects.append(replace(effect, message=Ahead(self._current.k, self._current.j)))
                 now_k, waiting = self._can_be_met()
                 if now_k >= effect.message.now_k:
-                    effects[index] = replace(effect, message=replace(effect.message, now_k=now_k, waiting=waiting))
+                    effect = replace(effect, message=replace(effect.message, now_k=now_k, waiting=waiting))
+            effects.append(effect)
         return effects
 
     def _may_come_to(self, round_: Round) -> bool:
@@ -1118,7 +1434,9 @@ class Session:
         """Whether this is the key under which we ourselves should be met in that round."""
         rounds, cell = self._rounds_planned(plan), self._members.cell(plan, k)
         axis = plan.axis(k, j, rounds)
-        return j < rounds and key == grid_key(self._here.swarm, self.terms.digest, plan, k=k, j=j, axis=axis, cell=cell)
+        return j < rounds * self._compressor.slots and key == grid_key(
+            self._here.swarm, self.terms.digest, plan, k=k, j=j, axis=axis, cell=cell
+        )
 
     def _early_matchmaking(self, plan: Plan, key: Key, k: int, j: int, now: float) -> Matchmaking | None:
         """That of a round of our line, perhaps before our trainer is there; None while there is no room for it."""
@@ -1175,6 +1493,8 @@ class Session:
     def _receive_hail(self, hail: Hail, sender: PeerId, now: float) -> None:
         matchmaking = self._matchmakings.get(hail.key)
         if self._is_past(hail.k, hail.j) and (matchmaking is None or matchmaking.group is None):
+            if self._current and self._current.k == hail.k:
+                self._tell(sender, self._members.address_of(sender), Ahead(hail.k, self._current.j))
             self._tell(
                 sender,
                 self._members.address_of(sender),
@@ -1196,9 +1516,11 @@ class Session:
         if matchmaking.state is MatchmakingState.BOUND:
             assert matchmaking.group is not None
             self._begin_reduction(matchmaking, now)
+        elif leaver := self._left_by():
+            self._disagree(f"{short(leaver)} sends all", now)
         elif matchmaking.state is MatchmakingState.ENDED:
             self._round_without_group(matchmaking, now)
-        elif now >= current.deadline:
+        elif now >= current.rounds_until:
             matchmaking.give_up("time ran out in matchmaking", now)
             self._round_without_group(matchmaking, now)
 
@@ -1220,7 +1542,7 @@ class Session:
             # the next one is closer than this one: who is a step behind would otherwise stay so for ever.
             nearer = matchmaking.late_by_s > min(self._periods_s) / 2
             follows = current.call.epoch is None and (self._last_k < 0 or matchmaking.they_wait or nearer)
-            if follows and now < current.deadline:
+            if follows and now < current.rounds_until:
                 current.k = self._next_k
                 self._become(State.GATHERING)
                 current.next_look_up = now
@@ -1247,24 +1569,36 @@ class Session:
         self._tell_latencies(group)
         if len(self._reductions) >= REDUCTIONS_MAX:
             self._reductions.pop(next(iter(self._reductions)))
-        spare = current.spares.pop() if current.spares else Vector.empty(self.options.layout)
-        anchor = self._anchors[group.axis].values if group.anchor else None
-        self._kept = Vector.empty(self.options.layout) if self._rules.is_anchored else None
         current.reduce_started_at = now
         self._become(State.REDUCING)
+        course = current.course
+        assert course is not None
+        if len({member.agreement for member in group.members}) > 1:
+            why = "the group's members did not choose the same rows"
+            current.rounds.append(self._receipt_alone(matchmaking, why, now, group))
+            self._disagree(why, now)
+            return
+        stage = course.stage
+        lossless = INTEGERS if stage.sums else codec_named("float32") if stage.lossless else None
+        codec = lossless or self._codec_in(group, stage.values.layout)
+        course.result = course.spares.pop() if course.spares else Vector.empty(stage.values.layout)
+        is_lossy = stage.fed and codec.name != "float32"
+        course.left_out = Vector.zeros(stage.values.layout) if is_lossy else None
+        self._kept = Vector.empty(self.options.layout) if self._rules.is_anchored else None
         current.reduction = AllReduce(
             group,
             rank,
-            values=current.values,
-            result=spare,
-            codec=self._codec_in(group),
+            values=course.values,
+            result=course.result,
+            codec=codec,
             config=self._config.all_reduce,
             now=now,
-            deadline=current.deadline,
-            anchor=anchor,
+            deadline=current.rounds_until,
+            operation=stage.operation(course.done),
+            unsent=course.left_out,
+            anchor=self._anchors[group.axis].values if group.anchor else None,
             kept=self._kept,
         )
-        self._spare_in_use = spare
         self._reductions[group.group_id] = current.reduction
         self._replay_early(current.reduction, now)
         self._look_at_reduction(now)
@@ -1285,15 +1619,15 @@ class Session:
         plan = self._current.plan
         return math.ceil(len(plan.sides) / self._rounds_planned(plan))
 
-    _spare_in_use: Vector | None = None
     _kept: Vector | None = None
     """Where the round under way writes its averages for the next one's anchor. Not used twice: jobs of a round that
     failed may still write to theirs."""
 
-    def _codec_in(self, group: Group) -> VectorCodec:
-        if group.codec not in self._codecs:
-            self._codecs[group.codec] = self._rules.with_auto(group.codec).over(self.options.layout)
-        return self._codecs[group.codec]
+    def _codec_in(self, group: Group, layout: Layout) -> VectorCodec:
+        key = group.codec, layout
+        if key not in self._codecs:
+            self._codecs[key] = self._rules.with_auto(group.codec).over(layout)
+        return self._codecs[key]
 
     def _codec_why(self, group: Group) -> str:
         """What a person should know of how values travelled in this group."""
@@ -1350,72 +1684,84 @@ class Session:
         matchmaking.declined.clear()
         if not reduction.finished:
             return
-        assert self._spare_in_use is not None
+        course = current.course
+        assert course is not None
+        assert course.result is not None
         if reduction.state is ReductionState.COMMITTED:
             group = reduction.group
             up, down = reduction.link_measures(now)
             self._link.learn(up=up, down=down)
             weights = [member.weight for member in group.members]
             coordinates = [member.coordinate for member in group.members]
-            if current.changed:
-                current.spares.append(current.values)
-            current.values, current.changed = self._spare_in_use, True
+            if course.left_out is not None:
+                begun = current.weight
+                course.unsent.append(Unsent(course.left_out, course.weight / begun if begun else 0.0))
+            if course.changed:
+                course.spares.append(course.values)
+            course.values, course.changed, course.digest = course.result, True, reduction.digest
             if self._kept is not None:
                 assert current.plan is not None
                 axes = range(len(current.plan.sides))
                 self._anchors = {axis: held for axis, held in self._anchors.items() if axis in axes}
                 self._anchors[group.axis] = Anchor(reduction.digest, self._kept)
-            current.rounds.append(
-                self._receipt_of(reduction, carried_weight(weights, coordinates, reduction.rank), now)
-            )
-            current.weight = current.rounds[-1].weight_after
+            receipt = self._receipt_of(reduction, carried_weight(weights, coordinates, reduction.rank), now)
+            course.weight = receipt.weight_after
         else:
             if reduction.idle:
-                current.spares.append(self._spare_in_use)
-            current.rounds.append(self._receipt_of(reduction, current.weight, now))
-        self._spare_in_use = self._kept = None
+                course.spares.append(course.result)
+            receipt = self._receipt_of(reduction, course.weight, now)
+        current.rounds.append(receipt)
+        course.result = course.left_out = self._kept = None
         self._next_round(now)
 
     def _next_round(self, now: float, *, over: bool = False) -> None:
         current = self._current
         assert current is not None
-        assert current.plan is not None
+        course = current.course
+        assert course is not None
         current.j += 1
-        if over or current.j >= self._rounds_planned(current.plan) or now >= current.deadline:
-            self._finish(now)
+        course.done += 1
+        course.whole = course.whole and current.rounds[-1].outcome is Outcome.COMPLETE
+        if over or current.is_over or course.done == course.rounds or now >= current.rounds_until:
+            self._end_stage(now)
         else:
             self._begin_round(now)
 
     # ---- the end
 
     def _finish(self, now: float) -> None:
+        """With the run's result; with what the trainer gave when there is none."""
         current = self._current
         assert current is not None
         assert current.plan is not None
-        planned = self._rounds_planned(current.plan)
-        met = sorted(
-            {m.peer for r in current.rounds for m in r.members if r.outcome is not Outcome.ALONE} - {self._here.peer}
-        )
-        if all(r.outcome is Outcome.ALONE for r in current.rounds):
-            outcome, met = Outcome.ALONE, []
-        elif len(current.rounds) == planned and all(r.outcome is Outcome.COMPLETE for r in current.rounds):
+        course = current.course
+        assert course is not None
+        # Of the stage that the result is of: what came before only chose what to send.
+        last = [r for r in current.rounds if r.round >= course.first]
+        reductions = [r for r in last if r.outcome is not Outcome.ALONE] if current.run else []
+        met = sorted({m.peer for r in reductions for m in r.members} - {self._here.peer})
+        if not reductions:
+            outcome = Outcome.ALONE
+        elif len(last) == course.rounds and course.whole:
             outcome = Outcome.COMPLETE
         else:
             outcome = Outcome.PARTIAL
-        if outcome is Outcome.ALONE and any(_weighs_nothing(r) for r in current.rounds):
+        if outcome is Outcome.ALONE and any(_weighs_nothing(r) for r in last):
             # They did meet, and all fail alike: another try under the same key would be answered with the old group.
             self._last_k, self._next_k = current.k, current.k + 1
             self._fail(InvalidInput("all weights in this averaging are 0: give at least one peer a positive weight"))
             return
-        reasons = [f"round {r.round}: {r.why}" for r in current.rounds if r.why]
-        if len(current.rounds) < planned and outcome is Outcome.PARTIAL:
-            reasons.append(f"time for {len(current.rounds)} of {planned} rounds")
-        reductions = [r for r in current.rounds if r.outcome is not Outcome.ALONE]
+        notes = tuple(current.run.notes if current.run else current.notes)
+        reasons = [f"round {r.round}: {r.why}" for r in current.rounds if r.why and outcome is not Outcome.COMPLETE]
+        if len(last) < course.rounds and outcome is Outcome.PARTIAL:
+            reasons.append(f"time for {len(last)} of {course.rounds} rounds")
+        if not current.run:
+            reasons += notes
         receipt = Receipt(
             outcome=outcome,
             epoch=current.k,
             joined=current.joined,
-            weight_total=self._weight_total(current) if reductions else current.call.weight,
+            weight_total=self._weight_total(reductions) if reductions else current.call.weight,
             peers=tuple(met),
             digest=reductions[-1].digest if reductions else b"",
             why="; ".join(reasons),
@@ -1427,21 +1773,22 @@ class Session:
             grid=current.plan.grid,
             rounds=tuple(current.rounds),
             local=LocalLine(current.call.trainers, 0.0 if current.joined else current.call.weight),
+            compressor=self.options.compressor,
+            notes=notes,
         )
         self._conclude(receipt, now)
 
-    def _weight_total(self, current: Averaging) -> float:
+    def _weight_total(self, reductions: Sequence[RoundReceipt]) -> float:
         """The weight behind the result: the last group's, times the lines that earlier rounds brought into it.
 
         A member of the last group stands for its line of each earlier axis, with that line's weight divided by the
         coordinates there; so the sum over the swarm is the last group's weight times those sides.
         """
-        assert current.plan is not None
-        last = next(r for r in reversed(current.rounds) if r.outcome is not Outcome.ALONE)
+        last = reductions[-1]
         weights = {member.peer: member.weight for member in last.members}
         everywhere = set.intersection(*(set(span.contributors) for span in last.spans)) if last.spans else set()
         present = math.fsum(weight for peer, weight in weights.items() if peer in everywhere)
-        earlier = {r.axis: r for r in current.rounds if r.outcome is not Outcome.ALONE and r.axis != last.axis}
+        earlier = {r.axis: r for r in reductions if r.axis != last.axis}
         return present * math.prod(len({m.coordinate for m in r.members}) for r in earlier.values())
 
     def _finish_alone(self, why: str, now: float) -> None:
@@ -1463,6 +1810,7 @@ class Session:
             grid="",
             rounds=(),
             local=LocalLine(current.call.trainers, current.call.weight),
+            compressor=self.options.compressor,
         )
         self._conclude(receipt, now)
 
@@ -1486,7 +1834,7 @@ class Session:
             else:
                 self._budget.averaged(current.k, turns=self._turns(), exchange_s=receipt.seconds_total, now=now)
             receipt = replace(receipt, budget=self._budget_line())
-        self._result = current.values
+        self._result = current.run.wish.values if current.run and isinstance(current.run.wish, Done) else current.values
         self._current = None
         self._early.clear()
         self._become(State.IDLE)
@@ -1530,14 +1878,14 @@ class Session:
         why = reduction.why or ", ".join(f"{short(line.peer)} {line.why}" for line in dropped)
         return RoundReceipt(
             averaging=current.k,
-            round=current.j if current.j < 1 << 30 else group.j,
+            round=current.j,
             axis=group.axis,
             outcome=outcome,
             group_id=reduction.group_id if committed else b"",
             digest=reduction.digest if committed else b"",
             leader=group.leader,
             rank=reduction.rank,
-            codec=self._codec_in(group).name,
+            codec=reduction.codec_name,
             transport="+".join(sorted(set(reduction.transports.values()))),
             members=tuple(MemberLine(m.peer, m.weight, m.coordinate) for m in group.members),
             links=tuple(
@@ -1554,12 +1902,20 @@ class Session:
             codec_why=self._codec_why(group),
             bits_per_element=reduction.bits_per_element,
             relative_error=reduction.relative_error,
+            stage=current.course.stage.name if current.course else "dense",
         )
 
-    def _receipt_alone(self, matchmaking: Matchmaking, why: str, now: float) -> RoundReceipt:
+    def _receipt_alone(
+        self, matchmaking: Matchmaking, why: str, now: float, group: Group | None = None
+    ) -> RoundReceipt:
+        """`group`: one that came together and averaged nothing."""
         current = self._current
         assert current is not None
+        course = current.course
+        assert course is not None
         me = self._here.peer
+        mine = MemberLine(me, course.weight, matchmaking.round.cell[current.axis])
+        members = [MemberLine(m.peer, m.weight, m.coordinate) for m in group.members] if group else [mine]
         return RoundReceipt(
             averaging=matchmaking.round.k,
             round=current.j,
@@ -1567,20 +1923,21 @@ class Session:
             outcome=Outcome.ALONE,
             group_id=b"",
             digest=b"",
-            leader=me,
-            rank=0,
+            leader=group.leader if group else me,
+            rank=(group.rank_of(me) or 0) if group else 0,
             codec=self.options.codec,
             transport="",
-            members=(MemberLine(me, current.weight, matchmaking.round.cell[current.axis]),),
+            members=tuple(members),
             links=(),
             spans=(),
             dropped=(),
             why=why,
-            weight_after=current.weight,
+            weight_after=course.weight,
             seconds_matchmaking=now - current.round_started_at,
             seconds_reduce=0.0,
             bytes_sent=0,
             bytes_received=0,
+            stage=course.stage.name,
         )
 
     # ---- what is announced

@@ -77,7 +77,7 @@ class Layout:
     tensors: tuple[TensorSpec, ...]
 
     @staticmethod
-    def of(tensors: Iterable[TensorSpec]) -> Layout:
+    def of(tensors: Iterable[TensorSpec], *, name_bytes_max: int = NAME_BYTES_MAX) -> Layout:
         """Check the tensors, given in any order, and put them into canonical order."""
         order = list(DTYPES)
         specs = list(tensors)
@@ -85,8 +85,8 @@ class Layout:
             raise InvalidInput("the layout is empty: name at least one tensor")
         seen: set[str] = set()
         for spec in specs:
-            if not spec.name or len(spec.name.encode()) > NAME_BYTES_MAX:
-                raise InvalidInput(f"tensor name {spec.name[:40]!r}: must have 1 to {NAME_BYTES_MAX} bytes")
+            if not spec.name or len(spec.name.encode()) > name_bytes_max:
+                raise InvalidInput(f"tensor name {spec.name[:40]!r}: must have 1 to {name_bytes_max} bytes")
             if spec.name in seen:
                 raise InvalidInput(f"tensor {spec.name!r} is named twice")
             if spec.dtype not in DTYPES:
@@ -166,6 +166,10 @@ class Vector:
     @staticmethod
     def empty(layout: Layout) -> Vector:
         return Vector(layout, np.empty(layout.byte_size, np.uint8))
+
+    @staticmethod
+    def zeros(layout: Layout) -> Vector:
+        return Vector(layout, np.zeros(layout.byte_size, np.uint8))
 
     @staticmethod
     def of(arrays: dict[str, npt.NDArray[np.floating]]) -> Vector:

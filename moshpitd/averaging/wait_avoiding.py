@@ -86,7 +86,7 @@ from moshpitd.averaging.session import (
     SessionStatus,
     Whereabouts,
 )
-from moshpitd.averaging.vector import Vector
+from moshpitd.averaging.vector import Layout, Vector
 
 REDUCTIONS_KEPT = 4
 """Ended versions that still answer views."""
@@ -446,6 +446,22 @@ class WaitAvoiding:
     def is_free(self, spare: Vector) -> bool:
         """Whether no job may still write to this buffer."""
         return self._barrier.is_free(spare) and not any(r.may_write_to(spare) for r in self._reductions.values())
+
+    def result_of(self, group_id: GroupId) -> Vector | None:
+        reduction = self._reductions.get(group_id)
+        return reduction.result if reduction else self._barrier.result_of(group_id)
+
+    def feedback_layout(self) -> Layout:
+        return self._barrier.feedback_layout()
+
+    def save_feedback(self) -> Vector:
+        return self._barrier.save_feedback()
+
+    def load_feedback(self, state: Vector) -> int:
+        return self._barrier.load_feedback(state)
+
+    def count_on_from(self, last_k: int, now: float) -> None:
+        self._barrier.count_on_from(last_k, now)
 
     def status(self, now: float) -> SessionStatus:
         status, cohort = self._barrier.status(now), self._cohort

@@ -49,6 +49,10 @@ def _averaging(receipt: pb.Receipt) -> Iterator[str]:
             f"{receipt.local.trainers} trainers of this daemon were averaged first, as one peer with weight "
             f"{receipt.local.weight:g}; each got the result."
         )
+    if receipt.compressor not in ("", "dense"):
+        stages = list(dict.fromkeys(round_.stage for round_ in receipt.rounds))
+        said = f" {'; '.join(receipt.notes)}." if receipt.notes else ""
+        yield f"Compressor {receipt.compressor} went through {', then '.join(stages) or 'nothing'}.{said}"
     if receipt.joined:
         yield "This peer was new, so it gave no weight and received the swarm's mean."
     if receipt.HasField("budget"):
@@ -93,7 +97,8 @@ def _version(version: pb.Version, own: str) -> Iterator[str]:
 def _round(receipt: pb.Receipt, round_: pb.Round, own: str) -> Iterator[str]:
     name = f"Round {receipt.epoch}.{round_.round}"
     if not round_.group_id:
-        yield f"{name}, along axis {round_.axis}: nobody else came.{_because(round_.why)}"
+        together = "nobody else came" if len(round_.members) < 2 else f"{len(round_.members)} met and averaged nothing"
+        yield f"{name}{_of(round_)}, along axis {round_.axis}: {together}.{_because(round_.why)}"
         return
     members = [
         f"{_who(member.peer, own)} with weight {member.weight:g}"
@@ -101,7 +106,7 @@ def _round(receipt: pb.Receipt, round_: pb.Round, own: str) -> Iterator[str]:
         for member in round_.members
     ]
     yield (
-        f"{name}, along axis {round_.axis}, {OUTCOMES[round_.outcome]}: a group of {len(members)} met: "
+        f"{name}{_of(round_)}, along axis {round_.axis}, {OUTCOMES[round_.outcome]}: a group of {len(members)} met: "
         f"{'; '.join(members)}.{_because(round_.why)}"
     )
     everybody = {member.peer for member in round_.members}
@@ -123,6 +128,11 @@ def _coded(round_: pb.Round) -> str:
     why = f" ({round_.codec_why})" if round_.codec_why else ""
     lost = f", off by {round_.relative_error:.1g} of its norm" if round_.relative_error else ""
     return f"{round_.codec}{why}, {round_.bits_per_element:.3g} bits an element{lost}"
+
+
+def _of(round_: pb.Round) -> str:
+    """What was averaged, if not the values themselves."""
+    return f", for the {round_.stage}" if round_.stage not in ("", "dense") else ""
 
 
 def _who(peer: str, own: str) -> str:

@@ -59,6 +59,7 @@ def status(message: pb.GetStatusResponse) -> Json:
                 "vector_bytes": session.vector_bytes,
                 "averagings": dict(session.averagings),
                 "codec": session.codec,
+                "compressor": session.compressor,
                 "trainers": [
                     {
                         "session_id": trainer.session_id,
@@ -121,6 +122,8 @@ def receipt(message: pb.Receipt) -> Json:
         "peers": _texts(message.peers),
         "digest": message.digest.hex(),
         "grid": message.grid,
+        "compressor": message.compressor,
+        "notes": _texts(message.notes),
         "local": {"trainers": message.local.trainers, "weight": message.local.weight},
         "seconds": _seconds(message.seconds),
         "bytes": _traffic(message.bytes),
@@ -176,6 +179,7 @@ def _round(message: pb.Round) -> Json:
         "codec_why": message.codec_why,
         "bits_per_element": message.bits_per_element,
         "relative_error": message.relative_error,
+        "stage": message.stage,
         "transport": message.transport,
         "members": [
             {"peer": member.peer, "weight": member.weight, "coordinate": member.coordinate}

@@ -17,6 +17,8 @@ from typing import TypedDict, TypeVar
 import click
 
 from moshpitd.averaging.cohort import COHORT_MAX
+from moshpitd.averaging.compressors import check_compressor
+from moshpitd.averaging.errors import InvalidInput
 from moshpitd.averaging.grid import parse_sides
 from moshpitd.simulation.network import Link, Span, Weather
 from moshpitd.simulation.stragglers import Straggler, StragglersOptions
@@ -26,7 +28,7 @@ Options = InStepOptions | MixedOptions | StragglersOptions
 
 PEERS_DEFAULT = 16
 STRAGGLERS_PEERS_DEFAULT = 8
-OF_MIXED = {"workload", "peers", "seed", "seeds", "trace", "as_json"}
+OF_MIXED = {"workload", "compressor", "peers", "seed", "seeds", "trace", "as_json"}
 """The flags that say something to the mixed workload; the rest it draws from the seed."""
 OF_STRAGGLERS = {
     "averaging",
@@ -61,6 +63,7 @@ class SimulationFlags(TypedDict):
     group_size: int
     barrier_every: int
     lockstep: bool
+    compressor: str
     peers: int | None
     grid: str
     group_size_max: int
@@ -156,11 +159,17 @@ def _mixed(flags: SimulationFlags, typed: Collection[str]) -> MixedOptions:
             f"{strange}: the mixed workload draws its faults, links and sizes from --seed; "
             "--workload in-step takes them from you"
         )
+    try:
+        options = MixedOptions(seed=flags["seed"], compressor=check_compressor(flags["compressor"]))
+    except InvalidInput as error:
+        raise click.BadParameter(str(error), param_hint="'--compressor'") from error
     peers = flags["peers"]
-    return MixedOptions(seed=flags["seed"], peers=(peers, peers)) if peers else MixedOptions(seed=flags["seed"])
+    return replace(options, peers=(peers, peers)) if peers else options
 
 
 def _in_step(flags: SimulationFlags) -> InStepOptions:
+    if flags["compressor"] != "dense":
+        raise click.UsageError("--compressor is for --workload mixed: in step the exact mean is what is measured")
     peers = flags["peers"] or PEERS_DEFAULT
     sides = _read("--grid", flags["grid"], _grid)
     if sides and math.prod(sides) > peers:

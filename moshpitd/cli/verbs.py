@@ -48,6 +48,21 @@ def _weight(ctx: click.Context, param: click.Parameter, text: str) -> float:
     return weight
 
 
+def _compressor(ctx: click.Context, param: click.Parameter, text: str) -> None:
+    from moshpitd.averaging.compressors import check_compressor
+    from moshpitd.averaging.errors import InvalidInput
+
+    try:
+        name = check_compressor(text)
+    except InvalidInput as error:
+        raise click.BadParameter(str(error)) from error
+    if name != "dense":
+        raise click.BadParameter(
+            f"{name} sends some now and the rest later, and a single averaging has no later: open a session, "
+            "from Python say: daemon.open_session(..., compressor=...)"
+        )
+
+
 def _timeout(ctx: click.Context, param: click.Parameter, text: str) -> float:
     timeout_s = _number(text)
     if not 0 < timeout_s < math.inf:
@@ -142,6 +157,13 @@ def simulation_flags(verb: _Verb) -> _Verb:
             ),
             click.option("--barrier-every", metavar="TAU", type=click.IntRange(1, 1024), default=10, show_default=True),
             click.option("--lockstep", is_flag=True, help="Late trainers make every step themselves."),
+            click.option(
+                "--compressor",
+                default="dense",
+                show_default=True,
+                metavar="NAME",
+                help="Mixed: what the trainers' sessions use, arc:0.2,4,ef21m,0.1,0 say.",
+            ),
             click.option("--peers", type=click.IntRange(2, 8192), help="[16; mixed: drawn from 16 to 64]"),
             click.option("--grid", metavar="auto|8x8", default="auto", show_default=True, help="Pin the grid."),
             click.option("--group-size-max", type=click.IntRange(2, 1024), default=16, show_default=True),
@@ -238,6 +260,7 @@ def run(**flags: str | tuple[str, ...] | None) -> None:
     help="How values travel: float32, float16, bfloat16, flash8, flash4-8, flash4+anchored, ..., auto; or for each "
     "tensor its own, as in '*.bias=float32,size<4096=float32,*=flash8'.",
 )
+@click.option("--compressor", callback=_compressor, expose_value=False, default="dense", hidden=True)
 @click.option("--name", metavar="SESSION", default="default", show_default=True, help="Other names never meet.")
 @click.option("--joining", type=click.Choice(["receive", "contribute"]), default="contribute", show_default=True)
 @click.option("--allow-alone", is_flag=True, help="Nobody else is no failure: OUT gets IN's values.")

@@ -34,11 +34,21 @@ from moshpitd.local import translate
 from moshpitd.local.claim import ClaimError, SocketClaim
 from moshpitd.local.shared_memory import AUTO, NoSharedMemory, Offer, SharedBuffers, SharedMemoryDirectory
 from moshpitd.local.statuses import Answering
-from moshpitd.local.transfer import MESSAGE_BYTES_MAX, AverageContext, SharedTransfer, StreamTransfer, Transfer
+from moshpitd.local.transfer import (
+    MESSAGE_BYTES_MAX,
+    AverageContext,
+    Intake,
+    SharedTransfer,
+    StreamTransfer,
+    Transfer,
+    pieces_of,
+)
 from moshpitd.local.translate import DaemonInfo, LocalHop
 from moshpitd.local.v1 import daemon_pb2 as pb
 from moshpitd.local.v1 import daemon_pb2_grpc as pb_grpc
 
+FetchContext = grpc.aio.ServicerContext[pb.FetchFeedbackRequest, pb.FetchFeedbackResponse]
+LoadContext = grpc.aio.ServicerContext[pb.LoadFeedbackRequest, pb.LoadFeedbackResponse]
 SERVICE = pb.DESCRIPTOR.services_by_name["DaemonService"].full_name
 TIMEOUT_MIN_S = 0.001
 """What a call has left whose values came in its last moment: zero is no timeout."""
@@ -282,6 +292,38 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
             transfer = SharedTransfer(session.buffers, transfer)
         async with session.taking_turns(deadline):
             await self._average(session, call, deadline, transfer, context)
+
+    async def FetchFeedback(  # type: ignore[override]
+        self, request: pb.FetchFeedbackRequest, context: FetchContext
+    ) -> None:
+        async with Answering(context):
+            self._refuse_when_leaving()
+            self._session(request.session_id)
+            state = await self._households.save_feedback(request.session_id)
+            await context.write(pb.FetchFeedbackResponse(arrays=translate.feedback_arrays(state.layout)))
+            for offset, data in pieces_of(state):
+                await context.write(pb.FetchFeedbackResponse(chunk=pb.VectorChunk(offset=offset, data=data)))
+
+    async def LoadFeedback(self, _requests: object, context: LoadContext) -> pb.LoadFeedbackResponse:
+        async with Answering(context):
+            start = await context.read()
+            if not isinstance(start, pb.LoadFeedbackRequest) or start.WhichOneof("message") != "start":
+                raise InvalidInput("the first message must be `start`: this client has a bug")
+            self._refuse_when_leaving()
+            session_id = self._session(start.start.session_id).session_id
+            layout, ours = translate.feedback_layout(start.start), await self._households.feedback_layout(session_id)
+            if difference := ours.first_difference(layout):  # before memory is taken for it
+                raise InvalidInput(
+                    f"this feedback is of other tensors or another compressor than the session: {difference} "
+                    "(here: the session)"
+                )
+            intake = Intake(layout)
+            while isinstance(request := await context.read(), pb.LoadFeedbackRequest):
+                if request.WhichOneof("message") != "chunk":
+                    raise InvalidInput("after `start` only `chunk` messages may follow: this client has a bug")
+                intake.accept(request.chunk.offset, request.chunk.data)
+            await self._households.load_feedback(session_id, intake.finish())
+        return pb.LoadFeedbackResponse()
 
     async def GetStatus(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import grpc.aio
@@ -65,12 +65,8 @@ class StreamTransfer:
         return intake.finish()
 
     async def result(self, vector: Vector) -> None:
-        raw = vector.buffer.data
-        for offset in range(0, len(raw), CHUNK_BYTES):
-            response = pb.AverageResponse()
-            response.chunk.offset = offset
-            response.chunk.data = bytes(raw[offset : offset + CHUNK_BYTES])
-            await self._context.write(response)
+        for offset, data in pieces_of(vector):
+            await self._context.write(pb.AverageResponse(chunk=pb.VectorChunk(offset=offset, data=data)))
 
 
 class SharedTransfer:
@@ -98,6 +94,13 @@ class SharedTransfer:
         # It lies elsewhere when a round failed and left its buffer to a job that still ran.
         if not self._buffers.publish(vector):
             await self._fallback.result(vector)
+
+
+def pieces_of(vector: Vector) -> Iterator[tuple[int, bytes]]:
+    """What chunks carry: offset and data."""
+    raw = vector.buffer.data
+    for offset in range(0, len(raw), CHUNK_BYTES):
+        yield offset, bytes(raw[offset : offset + CHUNK_BYTES])
 
 
 class Intake:

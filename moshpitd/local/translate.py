@@ -6,12 +6,13 @@ what it becomes, before a byte of a vector is read; what it means for the swarm 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from moshpitd.averaging.codecs import rules_of
 from moshpitd.averaging.cohort import CohortStatus, WaitAvoidance
+from moshpitd.averaging.compressors.stages import FEEDBACK_NAME_BYTES_MAX
 from moshpitd.averaging.compute_budget import LEARN_DEFAULT, WARM_UP_DEFAULT, BudgetOptions
 from moshpitd.averaging.errors import InvalidInput
 from moshpitd.averaging.receipt import BudgetLine, Outcome, Receipt, RoundReceipt, VersionReceipt
@@ -146,15 +147,12 @@ def session_options(request: pb.OpenSessionRequest) -> SessionOptions:
     """Raises InvalidInput."""
     if request.joining not in _JOININGS:
         raise InvalidInput(f"joining {request.joining} is unknown: give receive or contribute")
-    specs = (
-        TensorSpec(tensor.name, tuple(tensor.shape), _DTYPES.get(tensor.data_type, f"data type {tensor.data_type}"))
-        for tensor in request.tensors
-    )
     options = SessionOptions(
-        layout=Layout.of(specs),
+        layout=Layout.of(_specs(request.tensors)),
         name=request.name or NAME_DEFAULT,
         rounds=request.rounds,
         codec=rules_of(request.codec or "float32").name,  # trainers that mean the same share a session
+        compressor=request.compressor or "dense",
         min_peers=max(1, request.min_peers),
         joining=_JOININGS[request.joining],
         lonely_wait_s=request.lonely_wait_seconds or LONELY_WAIT_DEFAULT_S,
@@ -179,6 +177,24 @@ def _wait_avoidance(request: pb.OpenSessionRequest) -> WaitAvoidance | None:
             return None
         case other:
             raise InvalidInput(f"averaging {other} is unknown: give in step or wait-avoiding")
+
+
+def _specs(tensors: Iterable[pb.Tensor]) -> Iterator[TensorSpec]:
+    for tensor in tensors:
+        data_type = _DTYPES.get(tensor.data_type, f"data type {tensor.data_type}")
+        yield TensorSpec(tensor.name, tuple(tensor.shape), data_type)
+
+
+def feedback_layout(start: pb.LoadFeedbackStart) -> Layout:
+    """Raises InvalidInput."""
+    return Layout.of(_specs(start.arrays), name_bytes_max=FEEDBACK_NAME_BYTES_MAX)
+
+
+def feedback_arrays(layout: Layout) -> pb.FeedbackArrays:
+    kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
+    return pb.FeedbackArrays(
+        arrays=[pb.Tensor(name=spec.name, shape=spec.shape, data_type=kinds[spec.dtype]) for spec in layout.tensors]
+    )
 
 
 def offer_message(offer: Offer) -> pb.SharedMemory:
@@ -256,6 +272,8 @@ def receipt_message(session: str, receipt: Receipt) -> pb.Receipt:
         grid=receipt.grid,
         rounds=map(_round_message, receipt.rounds),
         session=session,
+        compressor=receipt.compressor,
+        notes=receipt.notes,
         local=pb.Local(trainers=receipt.local.trainers, weight=receipt.local.weight),
         budget=budget_message(receipt.budget),
         version=_version_message(receipt.version),
@@ -290,6 +308,7 @@ def _round_message(round_: RoundReceipt) -> pb.Round:
         rank=round_.rank,
         codec=round_.codec,
         transport=round_.transport,
+        stage=round_.stage,
         members=[pb.Member(peer=line.peer, weight=line.weight, coordinate=line.coordinate) for line in round_.members],
         links=[pb.Link(peer=line.peer, transport=line.transport) for line in round_.links],
         spans=[
@@ -363,6 +382,7 @@ def _session_message(line: HouseholdLine, hops: Mapping[str, LocalHop]) -> pb.Se
         averagings=line.status.averagings,
         codec=line.options.codec,
         budget=budget_message(line.status.budget),
+        compressor=line.options.compressor,
         trainers=[_trainer_message(trainer, hops.get(trainer.session_id, _NO_HOP)) for trainer in line.trainers],
         cohort=_cohort_message(line.status.cohort),
     )

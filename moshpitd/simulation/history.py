@@ -18,6 +18,8 @@ from moshpitd.averaging.session import Call
 from moshpitd.averaging.vector import Vector
 from moshpitd.simulation.swarm import Ending, Observer, Peer
 
+SUMMED = "sketch"
+"""The stage whose rounds add up instead of averaging."""
 KEPT_S = 600.0
 """How long what a group's members put in is remembered."""
 
@@ -37,6 +39,7 @@ class GroupRecord:
     group: Group
     began_at: float
     inputs: dict[PeerId, Values] = field(default_factory=dict)
+    outputs: dict[PeerId, Values] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +83,23 @@ class History(Observer):
         for watcher in self.watchers:
             watcher.group_began(peer, group, rank, values, now)
 
+    def group_ended(self, peer: Peer, group_id: GroupId, result: Vector) -> None:
+        if record := self._groups.get(group_id):
+            record.outputs[peer.id] = flat(result)
+        for watcher in self.watchers:
+            watcher.group_ended(peer, group_id, result)
+
     def call_ended(self, peer: Peer, ending: Ending) -> None:
         if ending.receipt is not None and ending.vector is not None:
-            last = flat(ending.vector)
             begun = [self._groups[group_id] for group_id in self._begun[peer] if group_id in self._groups]
-            for receipt in ending.receipt.rounds:
-                if receipt.outcome is Outcome.ALONE:
-                    continue
-                at = next(i for i, record in enumerate(begun) if _is_of(record.group, receipt))
-                output = begun[at + 1].inputs[peer.id] if at + 1 < len(begun) else last
+            rounds = [receipt for receipt in ending.receipt.rounds if receipt.outcome is not Outcome.ALONE]
+            for receipt in rounds:
+                record = next(record for record in begun if _is_of(record.group, receipt))
+                output = record.outputs[peer.id]
+                if receipt is rounds[-1] and ending.receipt.compressor == "dense":
+                    output = flat(ending.vector)  # what the trainer got, not what the machine says it had
                 for watcher in self.watchers:
-                    watcher.round_ended(RoundRecord(peer, receipt, begun[at], output, ending.at))
+                    watcher.round_ended(RoundRecord(peer, receipt, record, output, ending.at))
         for watcher in self.watchers:
             watcher.call_ended(peer, ending)
 

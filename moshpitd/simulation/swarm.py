@@ -37,6 +37,7 @@ from moshpitd.averaging.link import LinkRates
 from moshpitd.averaging.machine import Machine, machine_for
 from moshpitd.averaging.messages import (
     Address,
+    Ahead,
     Begin,
     Bound,
     Chunk,
@@ -59,7 +60,7 @@ from moshpitd.averaging.messages import (
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, digest, short
 from moshpitd.averaging.receipt import Receipt
 from moshpitd.averaging.session import Call, SessionConfig, SessionOptions, Whereabouts
-from moshpitd.averaging.vector import Vector
+from moshpitd.averaging.vector import Layout, TensorSpec, Vector
 from moshpitd.simulation.clock import Clock
 from moshpitd.simulation.directory import Directory
 from moshpitd.simulation.network import Link, Network, Span, Weather
@@ -90,7 +91,7 @@ class Ending:
     @property
     def values(self) -> Array:
         assert self.vector is not None, self.error
-        return next(iter(self.vector.arrays().values()))
+        return next(iter(self.vector.arrays().values())).reshape(-1)
 
 
 @dataclass(eq=False)
@@ -143,6 +144,9 @@ class Observer:
 
     def group_began(self, peer: Peer, group: Group, rank: Rank, values: Vector, now: float) -> None:
         """A member begins to reduce `values`, which are the machine's own: copy what is to be kept."""
+
+    def group_ended(self, peer: Peer, group_id: GroupId, result: Vector) -> None:
+        """A member committed; what it holds is the machine's own."""
 
     def call_ended(self, peer: Peer, ending: Ending) -> None:
         """A trainer got its answer."""
@@ -437,6 +441,10 @@ class Swarm:
             case CloseStreams(group_id=group_id):
                 peer.streams.pop(group_id, None)
                 peer.over.add(group_id)
+                result = peer.machine.result_of(group_id)
+                for observer in self.observers if result else ():
+                    assert result is not None
+                    observer.group_ended(peer, group_id, result)
             case Sendable(group_id=group_id, rank=rank):
                 self._pump(peer, group_id, rank)
             case Compute():
@@ -464,11 +472,11 @@ class Swarm:
 
     def _compute(self, peer: Peer, effect: Compute) -> None:
         """A job in a thread reads its inputs at some moment before it ends."""
-        early = effect.job() if self.rng.random() < 0.5 else None
+        early = (effect.job(),) if self.rng.random() < 0.5 else None
         took_s = effect.cost_bytes * self.network.bytes_scale / self.weather.compute_bytes_s
 
         def end() -> None:
-            value = early if early is not None else effect.job()
+            value = early[0] if early else effect.job()  # once: what a compressor writes is its state
             self._feed(peer, lambda: peer.machine.compute_finished(effect.group_id, effect.job_id, value, self.now))
 
         self.clock.at(self.now + took_s, end)
@@ -670,9 +678,10 @@ class Seals:
         return public_key == signer.encode() and signature == digest("seal", signer, body)
 
 
-def options_for(array: Array, **chosen: object) -> SessionOptions:
-    """Session options for a single tensor "w" of this shape and dtype."""
-    return SessionOptions(Vector.of({"w": array}).layout, **chosen)  # type: ignore[arg-type]
+def options_for(array: Array, *, shape: tuple[int, ...] | None = None, **chosen: object) -> SessionOptions:
+    """Session options for a single tensor "w" of this dtype, and of this shape or another."""
+    spec = TensorSpec("w", shape or array.shape, array.dtype.name)
+    return SessionOptions(Layout.of([spec]), **chosen)  # type: ignore[arg-type]
 
 
 def _named(text: str) -> str:
@@ -698,6 +707,8 @@ def _told(message: Message) -> str:
             return f"Bound: {_named(why)}"
         case PlanNotice(plan=plan):
             return f"PlanNotice {plan.version}: {plan.grid} from {plan.first_k} on"
+        case Ahead(k=k, j=j):
+            return f"Ahead, comes to {k}.{j} next"
         case Redirect(leader=leader):
             return f"Redirect to {_named(short(leader))}"
         case View(number=number, live=live, why=why):

@@ -8,6 +8,7 @@ Both run the production machines and all checkers. Same options and seed, same r
 from __future__ import annotations
 
 import gc
+import hashlib
 import math
 import random
 from collections import Counter, defaultdict
@@ -235,8 +236,8 @@ class Run:
         return report
 
 
-def packed(values: Values) -> Vector:
-    return Vector.of({"w": values})
+def packed(values: Values, shape: tuple[int, ...] | None = None) -> Vector:
+    return Vector.of({"w": values.reshape(shape or values.shape)})
 
 
 def variance(held: Sequence[Values]) -> float:
@@ -435,6 +436,7 @@ class MixedOptions:
     """After the faults: within so many everybody must meet everybody."""
     calm_averagings: int = 2
     """... and must then do so this often."""
+    compressor: str = "dense"
 
 
 class Calm(Observer):
@@ -443,14 +445,16 @@ class Calm(Observer):
     Who is on a line that nobody can dial is excused, as long as it is: it ends alone and does not count on by itself.
     """
 
-    def __init__(self, given: Mapping[Peer, Values], *, exact: bool) -> None:
+    def __init__(self, given: Mapping[Peer, Values], *, exact: bool, same: bool = False) -> None:
+        """`exact`: everybody must get the mean; `same`: at least the same bits."""
         self.whole = 0
         """So many in a row."""
         self.wrong = ""
-        """An averaging of everybody that did not end with the mean."""
+        """An averaging of everybody that did not end with the mean; where that is not promised, with the same."""
         self.grid = ""
         self._mean = np.mean(np.stack(list(given.values())).astype(np.float64), axis=0)
         self._exact = exact
+        self._same = same
         self._everybody = set(given)
         self._excused: set[Peer] = set()
         """By their last call."""
@@ -459,6 +463,9 @@ class Calm(Observer):
         self._grids: defaultdict[int, set[str]] = defaultdict(set)
         self._holed: set[int] = set()
         """Those with a cell that nobody holds, until the next plan."""
+        self._tripled: set[int] = set()
+        """Those with a cell that three hold: their thirds of its weight do not add up to the same bits as the whole."""
+        self._held: defaultdict[int, set[bytes]] = defaultdict(set)
         self._farthest: dict[int, float] = {}
         """... and how far from the mean a value was."""
         self._whole_last = -2
@@ -482,7 +489,11 @@ class Calm(Observer):
         sides = parse_sides(receipt.grid) if receipt.grid else ()
         if any(len({line.coordinate for line in each.members}) < sides[each.axis] for each in receipt.rounds):
             self._holed.add(receipt.epoch)
+        if any(max(Counter(line.coordinate for line in each.members).values()) > 2 for each in receipt.rounds):
+            self._tripled.add(receipt.epoch)
         if not odd:
+            assert ending.vector is not None
+            self._held[receipt.epoch].add(hashlib.sha256(ending.vector.buffer.tobytes()).digest())
             away = float(np.max(np.abs(ending.values - self._mean)))
             self._farthest[receipt.epoch] = max(away, self._farthest.get(receipt.epoch, 0.0))
         met = self._ended[receipt.epoch]
@@ -493,6 +504,12 @@ class Calm(Observer):
         if len(self._grids[receipt.epoch]) > 1 or receipt.epoch == self._whole_last:
             return
         worst = self._farthest[receipt.epoch]
+        if self._same and len(self._held[receipt.epoch]) > 1 and not self._excused:
+            if receipt.epoch not in self._holed | self._tripled:
+                self.wrong = "a whole averaging did not end with the same at all"
+                return
+            if receipt.epoch in self._holed:
+                return
         if self._exact and worst > 1e-5 and not self._excused:
             if receipt.epoch not in self._holed:
                 self.wrong = f"a whole averaging is {worst:.1e} away from the mean"
@@ -531,6 +548,12 @@ class Mixed:
         config = SessionConfig(group_size_max=dice.choice([4, 8, 16]), chunk_bytes=1 << 14)
         self._elements = dice.choice([1, 3 * 4096, 6 * 4096 + 17])
         self._rounds = dice.choice([0, 0, 1])
+        self._shape: tuple[int, ...] = (self._elements,)
+        self._is_dense = options.compressor == "dense"
+        if not self._is_dense:
+            self._elements = dice.choice([40 * 96, 6 * 4096 + 512])
+            self._shape = (self._elements // 32, 32)
+            self._rounds = 0 if "ef21m" in options.compressor else self._rounds
         self._joining = dice.choice(["receive", "contribute"])
         self._undialable = dice.choice([0.0, 0.0, 0.3])
         self._links = [
@@ -568,10 +591,10 @@ class Mixed:
         everybody, exactly, and go on to do so."""
         swarm, rng, options = self.swarm, self._run.values_of, self.options
         given = {peer: rng.normal(size=self._elements).astype(np.float32) for peer in swarm.living()}
-        calm = Calm(given, exact=not self._rounds)
+        calm = Calm(given, exact=not self._rounds and self._is_dense, same=not self._rounds and not self._is_dense)
         swarm.observers.append(calm)
         for peer, values in given.items():
-            self._call_in_step(peer, packed(values))
+            self._call_in_step(peer, packed(values, self._shape))
         try:
             swarm.run_until(
                 lambda: calm.whole >= options.calm_averagings or calm.last > options.settle_averagings,
@@ -603,7 +626,13 @@ class Mixed:
 
     def _let_in(self, restarted: Peer | None) -> None:
         dice, swarm = self._dice, self.swarm
-        options = options_for(np.zeros(self._elements, np.float32), rounds=self._rounds, joining=self._joining)
+        options = options_for(
+            np.zeros(self._elements, np.float32),
+            shape=self._shape,
+            rounds=self._rounds,
+            joining=self._joining,
+            compressor=self.options.compressor,
+        )
         if restarted is not None:
             name, last_k, dialable = restarted.name, restarted.machine.last_k, restarted.dialable
             peer = swarm.open(name, options, last_k=last_k, dialable=dialable, link=swarm.network.link_of(restarted.id))
@@ -612,9 +641,13 @@ class Mixed:
             self._opened += 1
             peer = swarm.open(name, options, dialable=dialable, link=dice.choice(self._links))
         pace = dice.uniform(0.5, 1.5)
+        own = None if self._is_dense else dice.choice([1.0, 2.5])
 
         def draw() -> tuple[Vector, Call]:
             values = self._run.values_of.normal(size=self._elements).astype(np.float32)
-            return packed(values), Call(weight=dice.choice([0.0, 1.0, 1.0, 2.5]), timeout_s=dice.choice([5.0, 20.0]))
+            weight = dice.choice([0.0, 1.0, 1.0, 2.5])
+            if own is not None and dice.random() < 0.9:  # what a compressor holds may depend on it
+                weight = own
+            return packed(values, self._shape), Call(weight=weight, timeout_s=dice.choice([5.0, 20.0]))
 
         swarm.train(peer, draw, pause=(0.5 * pace, pace))

@@ -20,8 +20,8 @@ import numpy as np
 
 from moshpitd.averaging.effects import Send
 from moshpitd.averaging.grid import Plan, grid_key, leadership
-from moshpitd.averaging.messages import Chunk, PlanNotice
-from moshpitd.averaging.names import PeerId
+from moshpitd.averaging.messages import Chunk, Group, PlanNotice
+from moshpitd.averaging.names import PeerId, Rank
 from moshpitd.averaging.receipt import Outcome, Receipt, RoundReceipt
 from moshpitd.averaging.session import Call, SessionConfig, SessionOptions
 from moshpitd.averaging.vector import Vector
@@ -37,9 +37,10 @@ from moshpitd.simulation.checkers import (
 )
 from moshpitd.simulation.history import History
 from moshpitd.simulation.network import Weather
-from moshpitd.simulation.swarm import SWARM, Ending, Observer, Peer, Swarm, options_for
+from moshpitd.simulation.swarm import SWARM, Array, Ending, Observer, Peer, Swarm, options_for
 
 CHUNK = 4096
+ROW = 128
 """Elements; spans and chunks are multiples of it."""
 HELD = {"ann": 1.0, "ben": 2.0, "cat": 4.0, "dan": 8.0, "eva": 16.0}
 BEGINS_AT = 2.0
@@ -65,6 +66,8 @@ class Scene:
     chunks: int = 4
     """Of the vector."""
     rounds: int = 0
+    compressor: str = "dense"
+    """With another the vector is a matrix, and what a trainer holds falls from row to row, or rises: see `uneven`."""
     show_messages: bool = True
     show_chunks: bool = False
     weather: Weather = field(default_factory=Weather)
@@ -119,6 +122,7 @@ class Stage(Observer):
         self.swarm.trace_messages = scene.show_messages
         self._whens: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self._chunk_whens: list[tuple[Callable[[Peer, Peer, Chunk], bool], Callable[[], None]]] = []
+        self._begun: list[tuple[float, str]] = []
         self.cast: list[Peer] = []
         if scene.acquainted:
             self.cast = _acquaint(self.swarm, scene)
@@ -148,6 +152,8 @@ class Stage(Observer):
         def start() -> None:
             self.swarm.note(f"{peer.name}'s trainer calls, holding {self.held[peer.name]:g}")
             values = np.full(self.scene.chunks * CHUNK, self.held[peer.name], np.float32)
+            if self.scene.compressor != "dense":
+                values = uneven(values, falling=peer.name in ("ann", "ben"))
             self.swarm.start_if_alive(peer, Vector.of({"w": values}), Call(timeout_s=timeout_s, epoch=epoch))
 
         self.swarm.at(self.now + after_s, start)
@@ -234,6 +240,10 @@ class Stage(Observer):
     def state(self, peer: Peer) -> str:
         return peer.machine.status(self.now).state
 
+    def began(self, peer: Peer) -> int:
+        """How many groups it began to reduce in since the curtain rose."""
+        return sum(at >= BEGINS_AT and name == peer.name for at, name in self._begun)
+
     def mean(self, *peers: Peer) -> float:
         return sum(self.held[peer.name] for peer in peers) / len(peers)
 
@@ -261,6 +271,9 @@ class Stage(Observer):
 
     # ---- what is written down
 
+    def group_began(self, peer: Peer, group: Group, rank: Rank, values: Vector, now: float) -> None:
+        self._begun.append((now, peer.name))
+
     def call_ended(self, peer: Peer, ending: Ending) -> None:
         for line in _told(peer, ending):
             if self.swarm.trace:
@@ -280,15 +293,29 @@ class Stage(Observer):
             self.swarm.at(self.now, when[1])
 
 
+def uneven(values: Array, *, falling: bool) -> Array:
+    """As rows of ROW elements, times 1, 1/2, 1/4, ... for each eighth of them, from the first on or from the last."""
+    rows = values.reshape(-1, ROW)
+    share = np.repeat(0.5 ** np.arange(8, dtype=np.float32), len(rows) // 8)
+    return rows * (share if falling else share[::-1])[:, None]
+
+
 def _told(peer: Peer, ending: Ending) -> list[str]:
     """A receipt in a few lines."""
     if ending.receipt is None:
         return [f"{peer.name} gets no average: {ending.error}"]
     receipt = ending.receipt
-    values = ", ".join(f"{value:.6g}" for value in dict.fromkeys(ending.values.tolist()))
+    found = list(dict.fromkeys(ending.values.tolist()))
+    values = ", ".join(f"{value:.6g}" for value in found)
     joined = ", joined" if receipt.joined else ""
     first = f"{peer.name}: averaging {receipt.epoch} {receipt.outcome.value}{joined}, holds {values}"
-    return [first, *(f"    round {one.averaging}.{one.round} {_round(one)}" for one in receipt.rounds)]
+    notes = [f"    {_plain(note)}" for note in receipt.notes]
+    rounds = [f"    {_stage(one)}round {one.averaging}.{one.round} {_round(one)}" for one in receipt.rounds]
+    return [first, *rounds, *notes]
+
+
+def _stage(receipt: RoundReceipt) -> str:
+    return f"{receipt.stage} in " if receipt.stage != "dense" else ""
 
 
 def _round(receipt: RoundReceipt) -> str:
@@ -323,7 +350,10 @@ def _config(scene: Scene) -> SessionConfig:
 
 
 def _options(scene: Scene) -> SessionOptions:
-    return options_for(np.zeros(scene.chunks * CHUNK, np.float32), rounds=scene.rounds)
+    values = np.zeros(scene.chunks * CHUNK, np.float32)
+    if scene.compressor != "dense":
+        values = uneven(values, falling=True)
+    return options_for(values, rounds=scene.rounds, compressor=scene.compressor)
 
 
 def _acquaint(swarm: Swarm, scene: Scene) -> list[Peer]:

@@ -641,3 +641,112 @@ def one_step_behind(stage: Stage) -> None:
     assert {receipt.epoch for receipt in receipts.values()} == {2}
     assert {receipt.outcome for receipt in receipts.values()} == {COMPLETE}
     assert all(stage.holds(peer, stage.mean(*stage.cast)) for peer in receipts)
+
+
+# ---- compressors
+
+
+ARC = Scene(seed=2, leads_in=1, chunks=8, compressor="arc:0.25,4,ef21m,1,0", show_messages=False)
+"""Averaging 0 has sent all. Of 256 rows 64 are sent, two eighths."""
+
+
+@story(replace(ARC, grid="2x2", leads_in=None))
+def the_largest_rows(stage: Stage) -> None:
+    """Four on a 2x2 grid hold twice what they held before. Their sketches are added up along both axes, so that all
+    choose the same rows; then those go along both axes. A quarter of the matrix is the new mean, exactly and at all,
+    the rest still the old one, until the next averaging sends the next quarter.
+    """
+    before = stage.cast[0].endings[-1].values
+    for name in stage.held:
+        stage.held[name] *= 2
+
+    receipts = stage.average(*stage.cast)
+
+    for peer, receipt in receipts.items():
+        assert receipt.outcome is COMPLETE
+        assert not receipt.notes
+        assert [one.stage for one in receipt.rounds] == ["sketch", "sketch", "rows", "rows"]
+        new = peer.endings[-1].values
+        assert np.array_equal(new, stage.cast[0].endings[-1].values)
+        changed = new != before
+        assert changed.mean() == 0.25
+        assert np.allclose(new[changed], 2 * before[changed], rtol=1e-6)
+
+    for _ in range(3):
+        stage.average(*stage.cast)
+    assert all(np.allclose(peer.endings[-1].values, 2 * before, rtol=1e-6) for peer in stage.cast)
+
+
+@story(ARC)
+def one_less_means_all_is_sent(stage: Stage) -> None:
+    """Dan's daemon is killed while everybody computes. What the others hold of EF21M was a mean of four: the words in
+    the sketch's sum tell all three alike that it is of three now, and they send all, once. Then rows again.
+    """
+    ann, ben, cat, dan = stage.cast
+    stage.swarm.kill(dan)
+    stage.swarm.run_for(0.5)
+
+    receipts = stage.average(ann, ben, cat)
+
+    for peer, receipt in receipts.items():
+        assert receipt.outcome is COMPLETE
+        assert receipt.notes == ("sent dense: membership changed",)
+        assert [one.stage for one in receipt.rounds] == ["sketch", "dense"]
+        assert np.array_equal(peer.endings[-1].values, ann.endings[-1].values)
+    given = [stage.held[peer.name] * side for peer, side in ((ann, 1.0), (ben, 1.0), (cat, 2.0**-7))]
+    assert np.isclose(ann.endings[-1].values[0], sum(given) / 3, rtol=1e-6)
+    again = stage.average(ann, ben, cat)
+    assert all(not receipt.notes and receipt.rounds[-1].stage == "rows" for receipt in again.values())
+
+
+@story(ARC)
+def dead_between_the_stages(stage: Stage) -> None:
+    """Dan's sketch is in the sum when his daemon is killed; the rows that all have chosen go without him. The receipts
+    say who is missing, and the next averaging sends all: nobody takes what it holds for a mean of four any more.
+    """
+    ann, ben, cat, dan = stage.cast
+    stage.when(lambda: stage.state(dan) == "matching" and bool(stage.began(dan)), lambda: stage.swarm.kill(dan))
+
+    receipts = stage.average(*stage.cast)
+
+    for peer in (ann, ben, cat):
+        sketch, rows = receipts[peer].rounds
+        assert (sketch.stage, sketch.outcome) == ("sketch", COMPLETE)
+        assert dan.id in {line.peer for line in sketch.members}
+        assert (rows.stage, rows.outcome) == ("rows", PARTIAL)
+        assert receipts[peer].outcome is PARTIAL
+        assert all(dan.id not in span.contributors for span in rows.spans)
+        assert np.array_equal(peer.endings[-1].values, ann.endings[-1].values)
+    again = stage.average(ann, ben, cat)
+    assert all(receipt.rounds[-1].stage == "dense" and receipt.notes for receipt in again.values())
+
+
+@story(replace(ARC, grid="2x2", leads_in=None, compressor="arc:0.25,4,ef14,1,0", show_messages=True))
+def two_choices_of_rows(stage: Stage) -> None:
+    """Dan stands still when the first axis of the sketch is done, and misses the second: he and ann, who waited for
+    him, know the sum of their own line only, the other two that of all. So cat and ann come with other choices of rows.
+    The hashes in their group's header show it before any row is sent: they leave the stage, and tell those that they
+    would have met on the other axis; who hears it follows, dan as well when he wakes. All send all, nobody misses it.
+    """
+    stage.held.update(ann=8, ben=1, cat=4, dan=16)
+    dan = stage.cast[3]
+    stage.when(
+        lambda: stage.state(dan) == "matching" and bool(stage.began(dan)),
+        lambda: (stage.swarm.pause(dan), stage.swarm.at(stage.now + 4.5, lambda: stage.swarm.resume(dan))),
+    )
+
+    receipts = stage.average(*stage.cast)
+
+    for receipt in receipts.values():
+        rows = [one for one in receipt.rounds if one.stage == "rows"]
+        assert all(one.outcome is ALONE and not one.spans for one in rows), "no row was averaged"
+        assert [one.outcome for one in receipt.rounds if one.stage == "dense"] == [COMPLETE, COMPLETE]
+        assert receipt.outcome is COMPLETE
+        assert len(receipt.notes) == 1
+    said = {
+        peer.name: receipt.notes[0].removeprefix("sent dense: ").replace("-", "") for peer, receipt in receipts.items()
+    }
+    different = "the group's members did not choose the same rows"
+    assert said == {"ann": different, "cat": different, "ben": "cat sends all", "dan": "ben sends all"}
+    values = [peer.endings[-1].values for peer in stage.cast]
+    assert all(np.array_equal(one, values[0]) for one in values)

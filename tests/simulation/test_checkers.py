@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moshpitd.averaging.messages import Begin, Group
-from moshpitd.averaging.names import PeerId, Rank
+from moshpitd.averaging.names import GroupId, PeerId, Rank
 from moshpitd.averaging.receipt import RoundReceipt
 from moshpitd.averaging.session import EARLY_MESSAGES_MAX, Call, SessionConfig
 from moshpitd.averaging.vector import Vector
@@ -45,6 +45,9 @@ class Liar(Observer):
 
     def group_began(self, peer: Peer, group: Group, rank: Rank, values: Vector, now: float) -> None:
         self._listener.group_began(peer, group, rank, values, now)
+
+    def group_ended(self, peer: Peer, group_id: GroupId, result: Vector) -> None:
+        self._listener.group_ended(peer, group_id, result)
 
     def call_ended(self, peer: Peer, ending: Ending) -> None:
         self._listener.call_ended(peer, self._lie(peer, ending))

@@ -7,6 +7,7 @@ with moshpit_client.connect() as daemon:
         receipt = session.average(weight=32.0, timeout=30.0)  # in place
 """
 
+from moshpit_client.compressors import ArcTopK
 from moshpit_client.compute_budget import BudgetState, ComputeBudget, Step
 from moshpit_client.daemon import Daemon, connect
 from moshpit_client.errors import (
@@ -37,6 +38,7 @@ from moshpit_client.session import Delta, Progress, Session
 from moshpit_client.status import Bandwidth, Cohort, ConfigValue, Peer, SessionStatus, Status, TrainerStatus
 
 __all__ = [
+    "ArcTopK",
     "Bandwidth",
     "BudgetState",
     "Cohort",

@@ -57,6 +57,20 @@ class Calls:
                 _SERVICE + "Average", pb.AverageRequest.SerializeToString, pb.AverageResponse.FromString
             )
         )
+        self.fetch_feedback: grpc.UnaryStreamMultiCallable[pb.FetchFeedbackRequest, pb.FetchFeedbackResponse] = (
+            self.channel.unary_stream(
+                _SERVICE + "FetchFeedback",
+                pb.FetchFeedbackRequest.SerializeToString,
+                pb.FetchFeedbackResponse.FromString,
+            )
+        )
+        self.load_feedback: grpc.StreamUnaryMultiCallable[pb.LoadFeedbackRequest, pb.LoadFeedbackResponse] = (
+            self.channel.stream_unary(
+                _SERVICE + "LoadFeedback",
+                pb.LoadFeedbackRequest.SerializeToString,
+                pb.LoadFeedbackResponse.FromString,
+            )
+        )
         self.get_status: grpc.UnaryUnaryMultiCallable[pb.GetStatusRequest, pb.GetStatusResponse] = (
             self.channel.unary_unary(
                 _SERVICE + "GetStatus", pb.GetStatusRequest.SerializeToString, pb.GetStatusResponse.FromString

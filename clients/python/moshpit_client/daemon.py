@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Literal
 
 from moshpit_client import tensors as _tensors
+from moshpit_client.compressors import ArcTopK, spelled
 from moshpit_client.connection import ANSWER_SECONDS, Connection
 from moshpit_client.errors import InvalidInput
 from moshpit_client.receipt import Receipt, read_receipt
@@ -17,12 +18,6 @@ from moshpit_client.session import Session
 from moshpit_client.status import ConfigValue, Peer, Status, read_config_value, read_peer, read_status
 from moshpit_client.v1 import daemon_pb2 as pb
 
-_DATA_TYPES = {
-    "float64": pb.DATA_TYPE_FLOAT64,
-    "float32": pb.DATA_TYPE_FLOAT32,
-    "float16": pb.DATA_TYPE_FLOAT16,
-    "bfloat16": pb.DATA_TYPE_BFLOAT16,
-}
 _AVERAGINGS = {"in_step": pb.AVERAGING_IN_STEP, "wait_avoiding": pb.AVERAGING_WAIT_AVOIDING}
 _JOININGS = {"receive": pb.JOINING_RECEIVE, "contribute": pb.JOINING_CONTRIBUTE}
 
@@ -70,6 +65,8 @@ class Daemon:
         initial_peers: int | None = None,
         rounds: Literal["auto"] | int = "auto",
         codec: str | Mapping[str, str] = "float32",
+        compressor: str | ArcTopK = "dense",
+        feedback: Literal["ef14"] | None = None,
         joining: Literal["receive", "contribute"] = "receive",
         lonely_wait: float | None = None,
         shared_memory: bool = True,
@@ -89,6 +86,9 @@ class Daemon:
             or auto, by what the group's links carry. For each tensor its own:
             {"*.bias": "float32", "size<4096": "float32", "*": "flash4-8"}; the first that fits a tensor's name, or
             that it is small enough for, counts.
+        compressor: what is sent of the values: "dense", all; ArcTopK(...), the largest rows, the rest later.
+        feedback: "ef14": what a lossy codec leaves out is sent again next time; for gradients and other updates.
+            What compressor and feedback keep back is saved by `Session.feedback_state`.
         joining: whether a newcomer's first averaging only receives the swarm's mean or counts at once.
         lonely_wait: seconds an averaging looks for somebody while nobody else is known.
         shared_memory: share memory with the daemon where that is possible; `Daemon.status` says whether and why not.
@@ -114,12 +114,10 @@ class Daemon:
             )
         request = pb.OpenSessionRequest(
             name=name,
-            tensors=[
-                pb.Tensor(name=view.spec.name, shape=view.spec.shape, data_type=_DATA_TYPES[view.spec.dtype])
-                for view in views.values()
-            ],
+            tensors=[view.spec.message for view in views.values()],
             rounds=0 if rounds == "auto" else _count("rounds", rounds),
             codec=codec if isinstance(codec, str) else _rules(codec),
+            compressor=spelled(compressor, feedback),
             min_peers=_count("min_peers", min_peers),
             joining=_JOININGS[joining],
             lonely_wait_seconds=lonely_wait or 0.0,

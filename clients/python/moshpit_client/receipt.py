@@ -84,6 +84,8 @@ class Round(Record):
     rank: int
     codec: str
     """As it was in this round."""
+    stage: str
+    """What was averaged: dense, the values themselves, or what a compressor made of them: sketch, rows"""
     transport: str
     """grpc, tcp, or both joined by a plus"""
     members: tuple[Member, ...]
@@ -169,6 +171,9 @@ class Receipt(Record):
     """2x4, say."""
     session: str
     """The session's name."""
+    compressor: str
+    notes: tuple[str, ...]
+    """What the compressor has to say: why all was sent where rows should have been."""
     local: Local
     budget: BudgetState | None = None
     """Of a session with a compute budget."""
@@ -209,6 +214,8 @@ def read_receipt(message: pb.Receipt) -> Receipt:
         why=message.why,
         grid=message.grid,
         session=message.session,
+        compressor=message.compressor,
+        notes=tuple(message.notes),
         local=Local(message.local.trainers, message.local.weight),
         budget=read_budget(message.budget) if message.HasField("budget") else None,
         version=_version(message.version) if message.HasField("version") else None,
@@ -239,6 +246,7 @@ def _round(message: pb.Round) -> Round:
         leader=message.leader,
         rank=message.rank,
         codec=message.codec,
+        stage=message.stage,
         transport=message.transport,
         members=tuple(Member(member.peer, member.weight, member.coordinate) for member in message.members),
         links=tuple(Link(link.peer, link.transport) for link in message.links),

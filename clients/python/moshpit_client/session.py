@@ -31,7 +31,17 @@ from moshpit_client.errors import (
 )
 from moshpit_client.receipt import Receipt, read_receipt
 from moshpit_client.shared_memory import NotShared, SharedBuffers
-from moshpit_client.tensors import TensorSpec, View, add_change, canonical, pack, pack_into, unpack, view
+from moshpit_client.tensors import (
+    TensorSpec,
+    View,
+    add_change,
+    canonical,
+    pack,
+    pack_into,
+    read_spec,
+    unpack,
+    view,
+)
 from moshpit_client.v1 import daemon_pb2 as pb
 
 CLOSE_SECONDS = 60.0
@@ -354,6 +364,46 @@ class Session:
         if self._contribution is None:
             self._contribution = self._new_staging()
         return unpack(self._contribution, self._specs)
+
+    def feedback_state(self, timeout: float = 60.0) -> dict[str, npt.NDArray[np.generic]]:
+        """What the session's compressor has kept back so far, as named arrays: put them into the checkpoint. A session
+        opened later, for the same tensors with the same compressor, goes on from them by `load_feedback_state`.
+
+        Waits for an averaging that is under way. Raises PreconditionFailed where nothing is ever kept back.
+        """
+        self._require()
+        with self._turn, self._connection.errors():
+            request = pb.FetchFeedbackRequest(session_id=self.session_id)
+            answers = self._connection.calls.fetch_feedback(request, timeout=timeout)
+            first = next(iter(answers))
+            specs = [read_spec(each) for each in first.arrays.arrays]
+            packed = np.empty(sum(spec.byte_size for spec in specs), np.uint8)
+            arrived = 0
+            for answer in answers:
+                data = np.frombuffer(answer.chunk.data, np.uint8)
+                packed[arrived : arrived + len(data)] = data
+                arrived += len(data)
+        if arrived != len(packed):
+            raise DaemonBug("the daemon's feedback is too short: report it with its log")
+        return unpack(packed, specs)
+
+    def load_feedback_state(self, state: Mapping[str, npt.NDArray[np.generic]], timeout: float = 60.0) -> None:
+        """Go on from what `feedback_state` gave. Raises InvalidInput for that of other tensors or another compressor;
+        what the session had is then kept."""
+        self._require()
+        views = {name: view(name, np.asarray(array)) for name, array in state.items()}
+        order = canonical({name: each.spec for name, each in views.items()})
+        start = pb.LoadFeedbackStart(session_id=self.session_id, arrays=[spec.message for spec in order])
+
+        def requests() -> Iterator[pb.LoadFeedbackRequest]:
+            yield pb.LoadFeedbackRequest(start=start)
+            offset = 0
+            for data in pack([views[spec.name] for spec in order]):
+                yield pb.LoadFeedbackRequest(chunk=pb.VectorChunk(offset=offset, data=data))
+                offset += len(data)
+
+        with self._turn, self._connection.errors():
+            self._connection.calls.load_feedback(requests(), timeout=timeout)
 
     def close(self) -> None:
         """Close the session and tell the swarm. Idempotent; nothing in a forked child, nothing when all is over."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from moshpit_client import dlpack
 from moshpit_client.errors import InvalidInput
+from moshpit_client.v1 import daemon_pb2 as pb
 
 CHUNK_BYTES = 1 << 20
 """gRPC is fastest between 256 KiB and 1 MiB."""
@@ -26,6 +27,14 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "bfloat16": np.dtype("<u2"),
 }
 """The dtypes that can be averaged in the order of the packed vector, each as numpy holds it here."""
+
+
+DATA_TYPES = {
+    "float64": pb.DATA_TYPE_FLOAT64,
+    "float32": pb.DATA_TYPE_FLOAT32,
+    "float16": pb.DATA_TYPE_FLOAT16,
+    "bfloat16": pb.DATA_TYPE_BFLOAT16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,15 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
+
+    @property
+    def message(self) -> pb.Tensor:
+        return pb.Tensor(name=self.name, shape=self.shape, data_type=DATA_TYPES[self.dtype])
+
+
+def read_spec(message: pb.Tensor) -> TensorSpec:
+    dtype = next(name for name, data_type in DATA_TYPES.items() if data_type == message.data_type)
+    return TensorSpec(message.name, tuple(message.shape), dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,11 @@ class Rules:
         return any(rule.codec == AUTO for rule in self.rules)
 
     @property
+    def by_tensor(self) -> bool:
+        """Whether it depends on the tensor."""
+        return len(self.rules) > 1 or self.rules[0].pattern != EVERYTHING
+
+    @property
     def is_anchored(self) -> bool:
         return any(rule.codec != AUTO and codec_named(rule.codec).anchored for rule in self.rules)
 

@@ -32,7 +32,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from moshpitd.averaging.compressors.error_feedback import Ef14, Ef21M, dense_stage, fitting, plain_stage
+from moshpitd.averaging.compressors.error_feedback import Ef14, Ef21M, copies, dense_stage, fitting, plain_stage
 from moshpitd.averaging.compressors.fixed_point import (
     EXPONENT_MAX,
     WORDS,
@@ -45,6 +45,7 @@ from moshpitd.averaging.compressors.fixed_point import (
 )
 from moshpitd.averaging.compressors.stages import (
     JOB_ELEMENTS,
+    SLOTS,
     Answer,
     Arrays,
     Averaged,
@@ -57,6 +58,7 @@ from moshpitd.averaging.compressors.stages import (
     Steps,
     flat_views,
     jobs_over,
+    layout_of,
     parts_of,
     wide,
 )
@@ -135,6 +137,8 @@ class Bond:
 class ArcTopK:
     """A session's compressor."""
 
+    slots = SLOTS
+
     def __init__(self, layout: Layout, options: ArcOptions, *, row: int = ROW, small: int = SMALL) -> None:
         """`row`, `small`: not the user's to choose. Raises InvalidInput when there is nothing to compress."""
         options.check()
@@ -174,6 +178,11 @@ class ArcTopK:
                 specs.append(TensorSpec(f"small.{dtype}", (elements,), dtype))
         return specs
 
+    def layout(self, k: int, slot: int) -> Layout:
+        if k < self._options.warmup or slot == SLOTS - 1:
+            return self._layout
+        return self._sketch_layout if slot == 0 else self._rows_layout
+
     # ---- an averaging
 
     def begin(self, values: Vector, into: Vector, *, weight: float, k: int, seed: bytes) -> Run:
@@ -182,12 +191,12 @@ class ArcTopK:
 
     def _steps(self, run: Run, values: Vector, into: Vector, *, weight: float, k: int, seed: bytes) -> Steps:
         if k < self._options.warmup:
-            return (yield from plain_stage(run, values))
+            return (yield from plain_stage(run, values, into))
         sketch = Vector.empty(self._sketch_layout)
         standing = yield from self._lay_out_sketch(sketch, values, weight, seed)
         views = flat_views(sketch)
         views["words"][:] = words_of(standing)
-        answer = yield Stage("sketch", 0, sketch, sums=True, lossless=True)
+        answer = yield Stage("sketch", 0, sketch, sums=True, lossless=True, more=2)
         assert isinstance(answer, Averaged)
         total = flat_views(answer.result)
         assembly = read_words(total["words"].astype(np.float64))
@@ -195,14 +204,14 @@ class ArcTopK:
         if not why:
             chosen = np.empty(self._chosen, np.int64)
             yield from self._choose(total["sketch"].reshape(self._rows, -1), chosen)
-            agreement = hashlib.sha256(chosen.astype("<i8").tobytes()).digest()
+            agreement = digest("rows", chosen.astype("<i8").tobytes(), self._bond.history)
             rows = Vector.empty(self._rows_layout)
             yield self._lay_out_rows(rows, values, chosen)
-            second = yield Stage("rows", 1, rows, agreement=agreement)
+            second = yield Stage("rows", 1, rows, agreement=agreement, more=1, fed=True)
             match second:
                 case Averaged():
                     run.committed = True
-                    self._bind(run, assembly, weight, digest(self._bond.history, k, agreement))
+                    self._bind(run, assembly, weight, digest(self._bond.history, k, agreement, second.digest))
                     yield self._settle(values, into, rows, second, chosen)
                     return into
                 case Disagreed(why=why):
@@ -210,11 +219,11 @@ class ArcTopK:
                 case None:
                     raise AssertionError("a stage was not answered")
         run.notes.append(f"sent dense: {why}")
-        result = yield from dense_stage(run, self._feedback, self._compressed, values, into, slot=2)
-        self._bind(run, assembly, weight, digest("dense", k, assembly.peers))
+        dense = yield from dense_stage(run, self._feedback, self._compressed, values, into, slot=2)
+        self._bind(run, assembly, weight, digest("dense", k, assembly.peers, dense.digest))
         if isinstance(self._feedback, Ef21M):
             self._feedback.started = True
-        return result
+        return dense.result
 
     def _why_dense(self, assembly: Assembly) -> str:
         """The same words at all peers; empty: rows may be sent."""
@@ -232,7 +241,10 @@ class ArcTopK:
     def _bind(self, run: Run, assembly: Assembly, weight: float, history: bytes) -> None:
         if not run.whole or not isinstance(self._feedback, Ef21M):
             history = bytes(32)
-        self._bond = Bond(assembly.next_exponent, assembly.peers, weight, history)
+        exponent = assembly.next_exponent
+        if exponent is None and assembly.agreed:  # nothing has changed at anybody: the scale is as good as it was
+            exponent = self._bond.exponent
+        self._bond = Bond(exponent, assembly.peers, weight, history)
 
     def _holds(self) -> bytes | None:
         """What all must have in common with us; None while we have nothing."""
@@ -355,13 +367,20 @@ class ArcTopK:
 
     # ---- checkpoints
 
-    def save(self) -> Arrays:
+    @property
+    def state_layout(self) -> Layout | None:
+        return layout_of(self._feedback.state | {"bond": self._saved_bond()})
+
+    def _saved_bond(self) -> npt.NDArray[np.floating]:
         bond = self._bond
         head = [self._started, bond.exponent is not None, bond.exponent or 0, bond.peers, bond.weight]
-        return self._feedback.save() | {"bond": np.array([*head, *bond.history], np.float64)}
+        return np.array([*head, *bond.history], np.float64)
+
+    def save(self) -> Arrays:
+        return copies(self._feedback.state) | {"bond": self._saved_bond()}
 
     def load(self, arrays: Mapping[str, npt.NDArray[np.floating]]) -> None:
-        fitting({"bond": self.save()["bond"]}, {name: arrays[name] for name in arrays if name == "bond"})
+        fitting({"bond": self._saved_bond()}, {name: arrays[name] for name in arrays if name == "bond"})
         started, known, exponent, peers, weight, *history = arrays["bond"].tolist()
         if abs(exponent) > 2 * EXPONENT_MAX or not all(byte in range(256) for byte in history):
             raise InvalidInput("the saved feedback's 'bond' is not one that was saved")

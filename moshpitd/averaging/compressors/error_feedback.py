@@ -21,21 +21,24 @@ are, over the swarm and by weight, all that was put in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moshpitd.averaging.compressors.stages import (
+    Answer,
     Arrays,
     Averaged,
+    Jobs,
     Part,
     Run,
     Stage,
     Steps,
     flat_views,
     jobs_over,
+    layout_of,
     parts_of,
     wide,
 )
@@ -58,7 +61,10 @@ class Feedback(Protocol):
         Gives the result."""
         ...
 
-    def save(self) -> Arrays: ...
+    @property
+    def state(self) -> Arrays:
+        """Its own arrays."""
+        ...
 
     def load(self, arrays: Mapping[str, npt.NDArray[np.floating]]) -> None: ...
 
@@ -67,22 +73,19 @@ class Ef14:
     """Any peers, any weights."""
 
     def __init__(self, tensors: Iterable[TensorSpec]) -> None:
-        self._error = _zeros("error", tensors)
+        self.state = _zeros("error", tensors)
 
     def offer(self, part: Part, values: Floats, *, dense: bool) -> Wide:
-        error = self._error[f"error/{part.tensor}"][part.start : part.stop]
+        error = self.state[f"error/{part.tensor}"][part.start : part.stop]
         return np.add(values, error, dtype=error.dtype)
 
     def settle(self, part: Part, values: Floats, sent: Wide, mean: Wide, *, dense: bool) -> Wide:
-        error = self._error[f"error/{part.tensor}"][part.start : part.stop]
+        error = self.state[f"error/{part.tensor}"][part.start : part.stop]
         np.subtract(np.add(values, error, dtype=error.dtype), sent, out=error)
         return mean
 
-    def save(self) -> Arrays:
-        return {name: array.copy() for name, array in self._error.items()}
-
     def load(self, arrays: Mapping[str, npt.NDArray[np.floating]]) -> None:
-        self._error = fitting(self._error, arrays)
+        self.state = fitting(self.state, arrays)
 
 
 class Ef21M:
@@ -90,7 +93,7 @@ class Ef21M:
 
     def __init__(self, tensors: Iterable[TensorSpec], eta: float) -> None:
         self._eta = eta
-        self._state = _zeros("momentum", specs := list(tensors)) | _zeros("own", specs) | _zeros("mean", specs)
+        self.state = _zeros("momentum", specs := list(tensors)) | _zeros("own", specs) | _zeros("mean", specs)
         self.started = False
         """Set by the owner when the first dense offer has settled."""
 
@@ -114,18 +117,19 @@ class Ef21M:
             g += mean
         return g
 
-    def save(self) -> Arrays:
-        return {name: array.copy() for name, array in self._state.items()}
-
     def load(self, arrays: Mapping[str, npt.NDArray[np.floating]]) -> None:
-        self._state = fitting(self._state, arrays)
+        self.state = fitting(self.state, arrays)
 
     def _of(self, kind: str, part: Part) -> Wide:
-        return self._state[f"{kind}/{part.tensor}"][part.start : part.stop]
+        return self.state[f"{kind}/{part.tensor}"][part.start : part.stop]
 
 
 def _zeros(kind: str, tensors: Iterable[TensorSpec]) -> Arrays:
     return {f"{kind}/{spec.name}": np.zeros(spec.elements, wide(spec.dtype)) for spec in tensors}
+
+
+def copies(state: Arrays) -> Arrays:
+    return {name: array.copy() for name, array in state.items()}
 
 
 def fitting(state: Arrays, arrays: Mapping[str, npt.NDArray[np.floating]]) -> Arrays:
@@ -152,20 +156,30 @@ def fitting(state: Arrays, arrays: Mapping[str, npt.NDArray[np.floating]]) -> Ar
 class Dense:
     """One stage: the vector itself; what a lossy codec leaves out is fed back if wished."""
 
+    slots = 1
+
     def __init__(self, layout: Layout, *, feedback: bool) -> None:
         self.name = "dense:ef14" if feedback else "dense"
+        self._layout = layout
         self._feedback = Ef14(layout.tensors) if feedback else None
+
+    @property
+    def state_layout(self) -> Layout | None:
+        return layout_of(self._feedback.state) if self._feedback else None
+
+    def layout(self, k: int, slot: int) -> Layout:
+        return self._layout
 
     def begin(self, values: Vector, into: Vector, *, weight: float, k: int, seed: bytes) -> Run:
         return Run(lambda run: self._steps(run, values, into))
 
     def _steps(self, run: Run, values: Vector, into: Vector) -> Steps:
         if self._feedback is not None:
-            return (yield from dense_stage(run, self._feedback, values.layout.tensors, values, into, slot=0))
-        return (yield from plain_stage(run, values))
+            return (yield from dense_stage(run, self._feedback, values.layout.tensors, values, into, slot=0)).result
+        return (yield from plain_stage(run, values, into))
 
     def save(self) -> Arrays:
-        return self._feedback.save() if self._feedback else {}
+        return copies(self._feedback.state) if self._feedback else {}
 
     def load(self, arrays: Mapping[str, npt.NDArray[np.floating]]) -> None:
         if self._feedback is not None:
@@ -174,19 +188,20 @@ class Dense:
             fitting({}, arrays)
 
 
-def plain_stage(run: Run, values: Vector) -> Steps:
+def plain_stage(run: Run, values: Vector, spare: Vector) -> Steps:
     """The values as they are, without feedback."""
-    answer = yield Stage("dense", 0, values)
+    answer = yield Stage("dense", 0, values, spare=spare)
     assert isinstance(answer, Averaged)  # who asks for no agreement cannot be told that there is none
     run.committed = True
     return answer.result
 
 
 def dense_stage(
-    run: Run, feedback: Feedback, fed: Iterable[TensorSpec], values: Vector, offered: Vector, *, slot: int
-) -> Steps:
-    """The whole offer of the fed tensors, and the values of the others. `offered`: where it is laid out."""
+    run: Run, feedback: Feedback, fed: Iterable[TensorSpec], values: Vector, spare: Vector, *, slot: int
+) -> Generator[Jobs | Stage, Answer, Averaged]:
+    """The whole offer of the fed tensors, and the values of the others."""
     names = {spec.name for spec in fed}
+    offered = Vector.empty(values.layout)
     given, offers = flat_views(values), flat_views(offered)
 
     def lay_out(part: Part) -> None:
@@ -195,7 +210,7 @@ def dense_stage(
         offers[part.tensor][piece] = feedback.offer(part, x, dense=True) if part.tensor in names else x
 
     yield jobs_over(parts_of(values.layout.tensors), lay_out, 8)
-    answer = yield Stage("dense", slot, offered)
+    answer = yield Stage("dense", slot, offered, fed=True, spare=spare)
     assert isinstance(answer, Averaged)
     run.committed = True
     means, unsent = flat_views(answer.result), [(flat_views(lost.values), lost.share) for lost in answer.unsent]
@@ -211,4 +226,4 @@ def dense_stage(
         feedback.settle(part, x, sent, means[part.tensor][piece].astype(kind), dense=True)
 
     yield jobs_over(parts_of(spec for spec in values.layout.tensors if spec.name in names), settle, 16)
-    return answer.result
+    return answer

@@ -28,12 +28,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moshpitd.averaging.vector import DTYPES, Floats, TensorSpec, Vector
+from moshpitd.averaging.vector import DTYPES, NAME_BYTES_MAX, Floats, Layout, TensorSpec, Vector
 
 JOB_ELEMENTS = 1 << 18
 """A job reads up to four arrays of as many elements: 4 MiB."""
 
 SLOTS = 3
+FEEDBACK_NAME_BYTES_MAX = NAME_BYTES_MAX + 64
+"""Arrays of a saved state are named after tensors, with their kind before it."""
 
 Arrays = dict[str, npt.NDArray[np.floating]]
 """Flat arrays by name: a compressor's state as it is saved."""
@@ -82,6 +84,12 @@ class Stage:
     """Not to be encoded with the session's codec, but with `float32`."""
     agreement: bytes = b""
     """What the members of a group must have in common to go through it; travels in the group's header."""
+    more: int = 0
+    """Stages that may follow: they share the caller's time."""
+    fed: bool = False
+    """What the codec leaves out is to be noted."""
+    spare: Vector | None = None
+    """Of the same layout, where its rounds may write."""
 
     def operation(self, round_of_stage: int) -> Operation:
         """For the all-reduce of this stage's round 0, 1, ..."""
@@ -116,6 +124,8 @@ class Averaged:
     result: Vector
     unsent: tuple[Unsent, ...]
     """By round. Empty when the codec leaves nothing out."""
+    digest: bytes
+    """Of the result: who has the same has the same bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +146,7 @@ class Run:
         self.committed = False
         """The state counts as changed: what is still to be run must be run."""
         self.whole = True
-        """Every round of every stage so far was complete."""
+        """Every round of ours, of every stage so far, was complete."""
         self.notes: list[str] = []
         """For the receipt: why a stage was not what it should have been."""
         self._steps = steps(self)
@@ -151,13 +161,15 @@ class Run:
         assert isinstance(self._wish, Jobs)
         self._go_on(None)
 
-    def averaged(self, result: Vector, unsent: Sequence[Unsent] = (), *, whole: bool = True) -> None:
-        """The stage went through its last round. `result` stays as it is until the run is done. `whole`: all its rounds
-        were complete, so that those who took part hold the same."""
+    def averaged(
+        self, result: Vector, unsent: Sequence[Unsent] = (), *, whole: bool = True, digest: bytes = b""
+    ) -> None:
+        """The stage went through its last round. `result` stays as it is until the run is done. `whole`: all our rounds
+        were complete. Others' may not have been, on other lines: only equal digests tell that all hold the same."""
         assert isinstance(self._wish, Stage)
         self.whole = self.whole and whole
         assert result.layout == self._wish.values.layout
-        self._go_on(Averaged(result, tuple(unsent)))
+        self._go_on(Averaged(result, tuple(unsent), digest))
 
     def disagreed(self, why: str) -> None:
         """The members of a group of this stage are not of one mind: no value of theirs was averaged."""
@@ -177,6 +189,20 @@ class Compressor(Protocol):
     @property
     def name(self) -> str:
         """The canonical spelling, as it stands in the terms."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """How many of an averaging's slots it may use."""
+        ...
+
+    @property
+    def state_layout(self) -> Layout | None:
+        """Of what is saved; None: there is no state."""
+        ...
+
+    def layout(self, k: int, slot: int) -> Layout:
+        """Of the stage in this slot of averaging k, should there be one: others may come to it before we do."""
         ...
 
     def begin(self, values: Vector, into: Vector, *, weight: float, k: int, seed: bytes) -> Run:
@@ -247,6 +273,12 @@ def _work_through(work: Callable[[Part], None], parts: tuple[Part, ...]) -> Call
 def flat_views(vector: Vector) -> dict[str, Floats]:
     """The tensors' values by name, each flat."""
     return {spec.name: view for spec, view in vector.views()}
+
+
+def layout_of(state: Arrays) -> Layout:
+    """Of arrays as they are saved; their names are a little longer than tensors'."""
+    specs = (TensorSpec(name, array.shape, array.dtype.name) for name, array in state.items())
+    return Layout.of(specs, name_bytes_max=FEEDBACK_NAME_BYTES_MAX)
 
 
 def wide(dtype: str) -> np.dtype:

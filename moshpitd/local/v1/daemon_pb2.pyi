@@ -258,6 +258,7 @@ class OpenSessionRequest(_message.Message):
     GROUP_SIZE_FIELD_NUMBER: _builtins.int
     BARRIER_EVERY_FIELD_NUMBER: _builtins.int
     LOCKSTEP_FIELD_NUMBER: _builtins.int
+    COMPRESSOR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The session's name: sessions of one swarm with different names are separate averagings. Empty means "default"."""
     rounds: _builtins.int
@@ -289,6 +290,11 @@ class OpenSessionRequest(_message.Message):
     """Wait-avoiding only: each call is the next version, also a late one, so that between barriers all trainers make the same
     number of steps. Unset, a late trainer goes on from where the others are.
     """
+    compressor: _builtins.str
+    """What is sent of the values: "dense" (default: all), "dense:ef14" (all, and what a lossy codec leaves out is sent again
+    next time), or the largest rows: "arc:RATIO,RANK,FEEDBACK,ETA,WARMUP", of which the last may be left out, as in
+    "arc:0.2,4,ef21m,0.1,1000". FEEDBACK is "ef21m", for the same peers with the same weights each time, or "ef14".
+    """
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """The tensors, in any order. Vectors travel packed in canonical order: float64 tensors first, then float32, float16,
@@ -310,10 +316,11 @@ class OpenSessionRequest(_message.Message):
         group_size: _builtins.int = ...,
         barrier_every: _builtins.int = ...,
         lockstep: _builtins.bool = ...,
+        compressor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["averaging", b"averaging", "barrier_every", b"barrier_every", "codec", b"codec", "group_size", b"group_size", "joining", b"joining", "lockstep", b"lockstep", "lonely_wait_seconds", b"lonely_wait_seconds", "min_peers", b"min_peers", "name", b"name", "rounds", b"rounds", "shared_memory", b"shared_memory", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averaging", b"averaging", "barrier_every", b"barrier_every", "codec", b"codec", "compressor", b"compressor", "group_size", b"group_size", "joining", b"joining", "lockstep", b"lockstep", "lonely_wait_seconds", b"lonely_wait_seconds", "min_peers", b"min_peers", "name", b"name", "rounds", b"rounds", "shared_memory", b"shared_memory", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -676,6 +683,161 @@ class VectorChunk(_message.Message):
 Global___VectorChunk: _TypeAlias = VectorChunk  # noqa: Y015
 
 @_typing.final
+class FetchFeedbackRequest(_message.Message):
+    """Asks for a session's error feedback."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """From OpenSessionResponse."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchFeedbackRequest: _TypeAlias = FetchFeedbackRequest  # noqa: Y015
+
+@_typing.final
+class FetchFeedbackResponse(_message.Message):
+    """One message of a session's error feedback."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARRAYS_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def arrays(self) -> Global___FeedbackArrays:
+        """What it is made of."""
+
+    @_builtins.property
+    def chunk(self) -> Global___VectorChunk:
+        """The values."""
+
+    def __init__(
+        self,
+        *,
+        arrays: Global___FeedbackArrays | None = ...,
+        chunk: Global___VectorChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["arrays", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___FetchFeedbackResponse: _TypeAlias = FetchFeedbackResponse  # noqa: Y015
+
+@_typing.final
+class FeedbackArrays(_message.Message):
+    """The arrays of an error feedback. They are packed like tensors of an averaging, in canonical order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARRAYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def arrays(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
+        """Each flat, named by its kind and tensor: "error/w"."""
+
+    def __init__(
+        self,
+        *,
+        arrays: _abc.Iterable[Global___Tensor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeedbackArrays: _TypeAlias = FeedbackArrays  # noqa: Y015
+
+@_typing.final
+class LoadFeedbackRequest(_message.Message):
+    """One message of an error feedback to be loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def start(self) -> Global___LoadFeedbackStart:
+        """Into which session, and what it is made of."""
+
+    @_builtins.property
+    def chunk(self) -> Global___VectorChunk:
+        """The values."""
+
+    def __init__(
+        self,
+        *,
+        start: Global___LoadFeedbackStart | None = ...,
+        chunk: Global___VectorChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "message", b"message", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "message", b"message", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___LoadFeedbackRequest: _TypeAlias = LoadFeedbackRequest  # noqa: Y015
+
+@_typing.final
+class LoadFeedbackStart(_message.Message):
+    """Where an error feedback belongs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    ARRAYS_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """From OpenSessionResponse."""
+    @_builtins.property
+    def arrays(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
+        """As FetchFeedback gave them."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        arrays: _abc.Iterable[Global___Tensor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadFeedbackStart: _TypeAlias = LoadFeedbackStart  # noqa: Y015
+
+@_typing.final
+class LoadFeedbackResponse(_message.Message):
+    """The session goes on from it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadFeedbackResponse: _TypeAlias = LoadFeedbackResponse  # noqa: Y015
+
+@_typing.final
 class AverageStart(_message.Message):
     """What the trainer wants of one averaging."""
 
@@ -848,6 +1010,8 @@ class Receipt(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     LOCAL_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    COMPRESSOR_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     outcome: Global___Outcome.ValueType
     """How it ended."""
@@ -865,6 +1029,8 @@ class Receipt(_message.Message):
     """The grid, "2x4"."""
     session: _builtins.str
     """The session's name."""
+    compressor: _builtins.str
+    """What was sent of the values, as OpenSessionRequest says."""
     @_builtins.property
     def peers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of the peers met in any round, without one's own."""
@@ -890,6 +1056,10 @@ class Receipt(_message.Message):
         """Of a session with a compute budget: what the next step goes by, and how this one went."""
 
     @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the compressor has to say: why all was sent where rows should have been."""
+
+    @_builtins.property
     def version(self) -> Global___Version:
         """Of a wait-avoiding session: what became of the call. `epoch` is then the version, and `rounds` has at most one."""
 
@@ -910,11 +1080,13 @@ class Receipt(_message.Message):
         session: _builtins.str = ...,
         local: Global___Local | None = ...,
         budget: Global___ComputeBudget | None = ...,
+        compressor: _builtins.str = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
         version: Global___Version | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "local", b"local", "seconds", b"seconds", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "local", b"local", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "version", b"version", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "compressor", b"compressor", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "local", b"local", "notes", b"notes", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "version", b"version", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1106,6 +1278,7 @@ class Round(_message.Message):
     CODEC_WHY_FIELD_NUMBER: _builtins.int
     BITS_PER_ELEMENT_FIELD_NUMBER: _builtins.int
     RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Its number within the averaging, from 0."""
     axis: _builtins.int
@@ -1135,6 +1308,10 @@ class Round(_message.Message):
     relative_error: _builtins.float
     """What others decode of this peer's contribution, against what it was before: norm of the difference by norm. Measured on
     the first chunk sent and each 16th after it.
+    """
+    stage: _builtins.str
+    """What was averaged: "dense", the values themselves; "sketch" and "rows" where a compressor chose: `start` and `stop` of
+    spans then count elements of what was sent. A sketch is added up, not averaged.
     """
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
@@ -1183,10 +1360,11 @@ class Round(_message.Message):
         codec_why: _builtins.str = ...,
         bits_per_element: _builtins.float = ...,
         relative_error: _builtins.float = ...,
+        stage: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "bits_per_element", b"bits_per_element", "bytes", b"bytes", "codec", b"codec", "codec_why", b"codec_why", "digest", b"digest", "dropped", b"dropped", "group_id", b"group_id", "leader", b"leader", "links", b"links", "members", b"members", "outcome", b"outcome", "rank", b"rank", "relative_error", b"relative_error", "round", b"round", "seconds", b"seconds", "spans", b"spans", "transport", b"transport", "weight_after", b"weight_after", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "bits_per_element", b"bits_per_element", "bytes", b"bytes", "codec", b"codec", "codec_why", b"codec_why", "digest", b"digest", "dropped", b"dropped", "group_id", b"group_id", "leader", b"leader", "links", b"links", "members", b"members", "outcome", b"outcome", "rank", b"rank", "relative_error", b"relative_error", "round", b"round", "seconds", b"seconds", "spans", b"spans", "stage", b"stage", "transport", b"transport", "weight_after", b"weight_after", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1475,11 +1653,12 @@ class SessionStatus(_message.Message):
     CODEC_FIELD_NUMBER: _builtins.int
     TRAINERS_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    COMPRESSOR_FIELD_NUMBER: _builtins.int
     COHORT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     state: _builtins.str
-    """What it does: "idle", "gathering", "matching", "reducing", "closing"."""
+    """What it does: "idle", "gathering", "computing", "matching", "reducing", "closing"."""
     waiting_for: _builtins.str
     """What it waits for, in words; may be empty."""
     epoch: _builtins.int
@@ -1492,6 +1671,8 @@ class SessionStatus(_message.Message):
     """Bytes of its vector."""
     codec: _builtins.str
     """Its codec."""
+    compressor: _builtins.str
+    """Its compressor."""
     @_builtins.property
     def cell(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its cell, one coordinate an axis."""
@@ -1527,11 +1708,12 @@ class SessionStatus(_message.Message):
         codec: _builtins.str = ...,
         trainers: _abc.Iterable[Global___TrainerStatus] | None = ...,
         budget: Global___ComputeBudget | None = ...,
+        compressor: _builtins.str = ...,
         cohort: Global___Cohort | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "cohort", b"cohort"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "budget", b"budget", "cell", b"cell", "codec", b"codec", "cohort", b"cohort", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "budget", b"budget", "cell", b"cell", "codec", b"codec", "cohort", b"cohort", "compressor", b"compressor", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

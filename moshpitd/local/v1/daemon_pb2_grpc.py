@@ -60,6 +60,16 @@ class DaemonServiceStub(object):
                 request_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetRequest.SerializeToString,
                 response_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetResponse.FromString,
                 _registered_method=True)
+        self.FetchFeedback = channel.unary_stream(
+                '/moshpitd.local.v1.DaemonService/FetchFeedback',
+                request_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.FetchFeedbackRequest.SerializeToString,
+                response_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.FetchFeedbackResponse.FromString,
+                _registered_method=True)
+        self.LoadFeedback = channel.stream_unary(
+                '/moshpitd.local.v1.DaemonService/LoadFeedback',
+                request_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.LoadFeedbackRequest.SerializeToString,
+                response_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.LoadFeedbackResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/moshpitd.local.v1.DaemonService/GetStatus',
                 request_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.GetStatusRequest.SerializeToString,
@@ -127,6 +137,23 @@ class DaemonServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchFeedback(self, request, context):
+        """Fetches the session's error feedback, between averagings: what its compressor kept back so far. Saved with a checkpoint
+        and loaded into a session of the same tensors and compressor, nothing is lost by a restart of trainer or daemon. The
+        daemon streams `arrays`, then `chunk`s that cover them, packed. FAILED_PRECONDITION where the compressor keeps nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadFeedback(self, request_iterator, context):
+        """Loads what FetchFeedback gave: `start`, then `chunk`s, then half-close. What is of other tensors or another compressor
+        is refused, by the name of the array; the feedback is then as it was.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """How the daemon is doing.
         """
@@ -182,6 +209,16 @@ def add_DaemonServiceServicer_to_server(servicer, server):
                     servicer.SetComputeBudget,
                     request_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetRequest.FromString,
                     response_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetResponse.SerializeToString,
+            ),
+            'FetchFeedback': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchFeedback,
+                    request_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.FetchFeedbackRequest.FromString,
+                    response_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.FetchFeedbackResponse.SerializeToString,
+            ),
+            'LoadFeedback': grpc.stream_unary_rpc_method_handler(
+                    servicer.LoadFeedback,
+                    request_deserializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.LoadFeedbackRequest.FromString,
+                    response_serializer=moshpitd_dot_local_dot_v1_dot_daemon__pb2.LoadFeedbackResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -340,6 +377,60 @@ class DaemonService(object):
             '/moshpitd.local.v1.DaemonService/SetComputeBudget',
             moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetRequest.SerializeToString,
             moshpitd_dot_local_dot_v1_dot_daemon__pb2.SetComputeBudgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchFeedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moshpitd.local.v1.DaemonService/FetchFeedback',
+            moshpitd_dot_local_dot_v1_dot_daemon__pb2.FetchFeedbackRequest.SerializeToString,
+            moshpitd_dot_local_dot_v1_dot_daemon__pb2.FetchFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadFeedback(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/moshpitd.local.v1.DaemonService/LoadFeedback',
+            moshpitd_dot_local_dot_v1_dot_daemon__pb2.LoadFeedbackRequest.SerializeToString,
+            moshpitd_dot_local_dot_v1_dot_daemon__pb2.LoadFeedbackResponse.FromString,
             options,
             channel_credentials,
             insecure,

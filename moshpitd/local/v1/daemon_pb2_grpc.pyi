@@ -70,6 +70,15 @@ class DaemonServiceStub:
     """Gives a session a compute budget, changes it, and says what steps go by. Best right after OpenSession; not while an
     averaging is under way.
     """
+    FetchFeedback: _grpc.UnaryStreamMultiCallable[_daemon_pb2.FetchFeedbackRequest, _daemon_pb2.FetchFeedbackResponse]
+    """Fetches the session's error feedback, between averagings: what its compressor kept back so far. Saved with a checkpoint
+    and loaded into a session of the same tensors and compressor, nothing is lost by a restart of trainer or daemon. The
+    daemon streams `arrays`, then `chunk`s that cover them, packed. FAILED_PRECONDITION where the compressor keeps nothing.
+    """
+    LoadFeedback: _grpc.StreamUnaryMultiCallable[_daemon_pb2.LoadFeedbackRequest, _daemon_pb2.LoadFeedbackResponse]
+    """Loads what FetchFeedback gave: `start`, then `chunk`s, then half-close. What is of other tensors or another compressor
+    is refused, by the name of the array; the feedback is then as it was.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_daemon_pb2.GetStatusRequest, _daemon_pb2.GetStatusResponse]
     """How the daemon is doing."""
     ListPeers: _grpc.UnaryUnaryMultiCallable[_daemon_pb2.ListPeersRequest, _daemon_pb2.ListPeersResponse]
@@ -103,6 +112,15 @@ class DaemonServiceAsyncStub(DaemonServiceStub):
     SetComputeBudget: _aio.UnaryUnaryMultiCallable[_daemon_pb2.SetComputeBudgetRequest, _daemon_pb2.SetComputeBudgetResponse]  # type: ignore[assignment]
     """Gives a session a compute budget, changes it, and says what steps go by. Best right after OpenSession; not while an
     averaging is under way.
+    """
+    FetchFeedback: _aio.UnaryStreamMultiCallable[_daemon_pb2.FetchFeedbackRequest, _daemon_pb2.FetchFeedbackResponse]  # type: ignore[assignment]
+    """Fetches the session's error feedback, between averagings: what its compressor kept back so far. Saved with a checkpoint
+    and loaded into a session of the same tensors and compressor, nothing is lost by a restart of trainer or daemon. The
+    daemon streams `arrays`, then `chunk`s that cover them, packed. FAILED_PRECONDITION where the compressor keeps nothing.
+    """
+    LoadFeedback: _aio.StreamUnaryMultiCallable[_daemon_pb2.LoadFeedbackRequest, _daemon_pb2.LoadFeedbackResponse]  # type: ignore[assignment]
+    """Loads what FetchFeedback gave: `start`, then `chunk`s, then half-close. What is of other tensors or another compressor
+    is refused, by the name of the array; the feedback is then as it was.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_daemon_pb2.GetStatusRequest, _daemon_pb2.GetStatusResponse]  # type: ignore[assignment]
     """How the daemon is doing."""
@@ -164,6 +182,27 @@ class DaemonServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_daemon_pb2.SetComputeBudgetResponse, _abc.Awaitable[_daemon_pb2.SetComputeBudgetResponse]]:
         """Gives a session a compute budget, changes it, and says what steps go by. Best right after OpenSession; not while an
         averaging is under way.
+        """
+
+    @_abc_1.abstractmethod
+    def FetchFeedback(
+        self,
+        request: _daemon_pb2.FetchFeedbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_daemon_pb2.FetchFeedbackResponse], _abc.AsyncIterator[_daemon_pb2.FetchFeedbackResponse]]:
+        """Fetches the session's error feedback, between averagings: what its compressor kept back so far. Saved with a checkpoint
+        and loaded into a session of the same tensors and compressor, nothing is lost by a restart of trainer or daemon. The
+        daemon streams `arrays`, then `chunk`s that cover them, packed. FAILED_PRECONDITION where the compressor keeps nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadFeedback(
+        self,
+        request_iterator: _MaybeAsyncIterator[_daemon_pb2.LoadFeedbackRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_daemon_pb2.LoadFeedbackResponse, _abc.Awaitable[_daemon_pb2.LoadFeedbackResponse]]:
+        """Loads what FetchFeedback gave: `start`, then `chunk`s, then half-close. What is of other tensors or another compressor
+        is refused, by the name of the array; the feedback is then as it was.
         """
 
     @_abc_1.abstractmethod

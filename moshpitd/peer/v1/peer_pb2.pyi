@@ -273,6 +273,7 @@ class Envelope(_message.Message):
     OUTCAST_FIELD_NUMBER: _builtins.int
     STRANGER_FIELD_NUMBER: _builtins.int
     LATENCIES_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """The session's key: hash of swarm and session name, 20 bytes."""
     @_builtins.property
@@ -379,6 +380,10 @@ class Envelope(_message.Message):
     def latencies(self) -> Global___Latencies:
         """See Latencies."""
 
+    @_builtins.property
+    def ahead(self) -> Global___Ahead:
+        """See Ahead."""
+
     def __init__(
         self,
         *,
@@ -409,12 +414,13 @@ class Envelope(_message.Message):
         outcast: Global___Outcast | None = ...,
         stranger: Global___Stranger | None = ...,
         latencies: Global___Latencies | None = ...,
+        ahead: Global___Ahead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "latencies", b"latencies", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "ahead", b"ahead", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "latencies", b"latencies", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "latencies", b"latencies", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "ahead", b"ahead", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "latencies", b"latencies", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell", "hail", "coming", "activation", "contributing", "outcast", "stranger", "latencies"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell", "hail", "coming", "activation", "contributing", "outcast", "stranger", "latencies", "ahead"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -437,6 +443,7 @@ class Member(_message.Message):
     BULK_PORT_FIELD_NUMBER: _builtins.int
     ANCHOR_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     """Its id."""
     incarnation: _builtins.int
@@ -459,6 +466,10 @@ class Member(_message.Message):
     """First 8 bytes of the digest of the last average it holds of this axis, to which values may be coded; empty where it holds
     none, or where the codec asks for none.
     """
+    agreement: _builtins.bytes
+    """What it brings to a stage that the members must agree on, as a hash (the rows it chose); empty: nothing. A group whose
+    members brought different ones averages nothing in this stage.
+    """
     @_builtins.property
     def budget(self) -> Global___Budget:
         """What its steps go by."""
@@ -477,10 +488,11 @@ class Member(_message.Message):
         bulk_port: _builtins.int = ...,
         anchor: _builtins.bytes = ...,
         budget: Global___Budget | None = ...,
+        agreement: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "anchor", b"anchor", "budget", b"budget", "bulk_port", b"bulk_port", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "peer", b"peer", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agreement", b"agreement", "anchor", b"anchor", "budget", b"budget", "bulk_port", b"bulk_port", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "peer", b"peer", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1053,6 +1065,34 @@ class Coming(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Coming: _TypeAlias = Coming  # noqa: Y015
+
+@_typing.final
+class Ahead(_message.Message):
+    """The sender will not come to the rounds of this averaging before `j`. Told to the lines of rounds that it leaves out, and to
+    who calls it there: a compressor's stages may be skipped, and one that all must agree on is left by all.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    K_FIELD_NUMBER: _builtins.int
+    J_FIELD_NUMBER: _builtins.int
+    k: _builtins.int
+    """The averaging."""
+    j: _builtins.int
+    """The round that it comes to next."""
+    def __init__(
+        self,
+        *,
+        k: _builtins.int = ...,
+        j: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["j", b"j", "k", b"k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ahead: _TypeAlias = Ahead  # noqa: Y015
 
 @_typing.final
 class Begun(_message.Message):

@@ -1,11 +1,13 @@
-"""Members that commit under the same group id hold identical bytes."""
+"""Members that commit under the same group id hold identical bytes; under a compressor also what they make of them."""
 
 from __future__ import annotations
 
 import hashlib
 
+from moshpitd.averaging.receipt import Outcome
 from moshpitd.simulation.checkers.checker import Checker
 from moshpitd.simulation.history import RoundRecord
+from moshpitd.simulation.swarm import Ending, Peer
 
 
 class Agreement(Checker):
@@ -18,6 +20,18 @@ class Agreement(Checker):
         self._first: dict[bytes, tuple[str, bytes, bytes]] = {}
         self._holds: dict[bytes, bytes] = {}
         """By digest: what it is the digest of."""
+        self._results: dict[bytes, tuple[str, bytes]] = {}
+        """By the last group's id: a compressor's result."""
+
+    def call_ended(self, peer: Peer, ending: Ending) -> None:
+        receipt = ending.receipt
+        if receipt is None or receipt.outcome is not Outcome.COMPLETE or receipt.compressor == "dense":
+            return
+        assert ending.vector is not None
+        held = hashlib.sha256(ending.vector.buffer.tobytes()).digest()
+        name, first = self._results.setdefault(receipt.rounds[-1].group_id, (peer.name, held))
+        if first != held:
+            self.complain(ending.at, f"{name} and {peer.name} made other results of averaging {receipt.epoch}")
 
     def round_ended(self, record: RoundRecord) -> None:
         self.looked += 1

@@ -6,7 +6,7 @@ import numpy as np
 
 from moshpitd.averaging.names import GroupId
 from moshpitd.simulation.checkers.checker import Checker
-from moshpitd.simulation.history import RoundRecord
+from moshpitd.simulation.history import SUMMED, RoundRecord
 
 TOLERANCE = 2e-6
 """Of the sum of the absolute values."""
@@ -22,6 +22,8 @@ class Conservation(Checker):
         self._rounds: dict[GroupId, list[RoundRecord]] = {}
 
     def round_ended(self, record: RoundRecord) -> None:
+        if record.receipt.stage == SUMMED:
+            return
         group = record.group.group
         members = {member.peer for member in group.members if member.weight > 0}
         if any(set(span.contributors) != members for span in record.receipt.spans):

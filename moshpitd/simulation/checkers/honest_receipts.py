@@ -1,12 +1,13 @@
-"""Every committed value equals the float64 weighted mean of the contributors that its receipt names."""
+"""Every committed value equals the float64 weighted mean of the contributors that its receipt names, or their sum."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from moshpitd.averaging.codecs import rules_of
+from moshpitd.averaging.receipt import SpanLine
 from moshpitd.simulation.checkers.checker import Checker
-from moshpitd.simulation.history import RoundRecord
+from moshpitd.simulation.history import SUMMED, RoundRecord
 
 
 class HonestReceipts(Checker):
@@ -27,6 +28,9 @@ class HonestReceipts(Checker):
             if missing := [peer for peer in span.contributors if peer not in group.inputs or peer not in weights]:
                 self.complain(record.at, f"{where}: names {missing[0][:8]}, which never began this group")
                 continue
+            if receipt.stage == SUMMED:
+                self._judge_sum(record, span, where)
+                continue
             total = sum(weights[peer] for peer in span.contributors)
             if not total > 0:
                 self.complain(record.at, f"{where}: nobody who is named for {span.start} to {span.stop} has any weight")
@@ -40,5 +44,19 @@ class HonestReceipts(Checker):
                 self.complain(
                     record.at, f"{where}: {span.start} to {span.stop} is {error:.2e} away from the mean of {names}"
                 )
+        self._judge_end(record, covered, where)
+
+    def _judge_sum(self, record: RoundRecord, span: SpanLine, where: str) -> None:
+        """Integers: exact. After the first round one of each cell counts, the first that is named."""
+        coordinates = {line.peer: line.coordinate for line in record.receipt.members}
+        counting = list(span.contributors)
+        if record.receipt.round > 0:
+            first = {coordinates[peer]: peer for peer in reversed(counting)}
+            counting = list(first.values())
+        total = sum(record.group.inputs[peer][span.start : span.stop] for peer in counting)
+        if not np.array_equal(record.output[span.start : span.stop], total):
+            self.complain(record.at, f"{where}: {span.start} to {span.stop} is not the sum of {len(counting)}")
+
+    def _judge_end(self, record: RoundRecord, covered: int, where: str) -> None:
         if covered != len(record.output):
             self.complain(record.at, f"{where}: its spans end at {covered} of {len(record.output)}")
