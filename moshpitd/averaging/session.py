@@ -399,6 +399,8 @@ class Averaging:
     """The run's that are not done."""
     is_over: bool = False
     """The trainer is gone: no further round."""
+    met: dict[int, set[PeerId]] = field(default_factory=dict)
+    """By axis: who was in our groups so far, and comes to the next stage too."""
     ahead: dict[PeerId, int] = field(default_factory=dict)
     """Who does not come to the rounds before this one."""
     roster_seen: bool = False
@@ -1334,10 +1336,13 @@ class Session:
                 candidates.append(Candidate(sighting.peer, record.address))
         if self._here.dialable:
             candidates.append(Candidate(self._here.peer, self._here.address))
+        current = self._current
         expected = self._members.expected(plan, line, round_.k)
+        if current and current.k == round_.k and not self._is_past(round_.k, round_.j):
+            met = {peer for peer in current.met.get(round_.axis, ()) if peer in line}
+            expected = tuple(sorted(met.union(expected)))
         if self._may_come_to(round_):
             expected = (*expected, self._here.peer)
-        current = self._current
         # About to seek counts: a group must not be closed without us in the moment before.
         here = round_.j if self.state in (State.MATCHING, State.COMPUTING) else round_.j - 1
         coming = current is not None and current.k == round_.k and current.j <= here
@@ -1563,6 +1568,7 @@ class Session:
         assert rank is not None
         self._was_late = False
         self._learn_grace(group.arrival_offsets_s)
+        current.met.setdefault(group.axis, set()).update(member.peer for member in group.members)
         self._met_at_k = max(self._met_at_k, group.now_k)
         for absent in group.absent:
             self._members.missed(absent.peer)
