@@ -1147,6 +1147,10 @@ class Session:
         assert current is not None
         before = current.j
         if stage.slot == 0:
+            if self._members.plan_for(current.k) is None:  # another one came meanwhile, for later
+                self._become(State.GATHERING)
+                self._begin_if_possible(now)
+                return
             if current.k != self._next_k:
                 self._next_k = current.k
                 self._announce_lease(now)
