@@ -125,6 +125,7 @@ def test_the_receipt_is_the_contracts_json(daemon: Daemon) -> None:
                 "leader": "2" * 64,
                 "rank": 0,
                 "codec": "float32",
+                "stage": "dense",
                 "codec_why": "auto: no member knows yet what its line carries",
                 "bits_per_element": 32.0,
                 "relative_error": 0.25,
@@ -148,6 +149,8 @@ def test_the_receipt_is_the_contracts_json(daemon: Daemon) -> None:
         "local": {"trainers": 1, "weight": 2.0},
         "budget": None,
         "version": None,
+        "compressor": "dense",
+        "notes": [],
     }
     assert daemon.rounds(limit=1, epoch=7) == [receipt]
     assert daemon.rounds(epoch=8) == []
