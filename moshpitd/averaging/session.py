@@ -215,7 +215,7 @@ class SessionOptions:
         if not 0 <= self.lonely_wait_s < math.inf:
             raise InvalidInput(f"lonely wait {self.lonely_wait_s}: must be a duration in seconds")
         if self.wait_avoidance:
-            self.wait_avoidance.check(min_peers=self.min_peers, rounds=self.rounds)
+            self.wait_avoidance.check(min_peers=self.min_peers, rounds=self.rounds, compressor=self.compressor)
             if compressor != "dense":
                 raise InvalidInput(f"a wait-avoiding session averages whole models: not with compressor {compressor!r}")
 

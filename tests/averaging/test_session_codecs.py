@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from moshpitd.averaging.errors import InvalidInput, Precondition
 from moshpitd.averaging.messages import Chunk
 from moshpitd.averaging.receipt import Outcome, RoundReceipt
 from moshpitd.averaging.session import Call, SessionConfig, SessionOptions
-from moshpitd.averaging.vector import Vector
+from moshpitd.averaging.vector import Layout, TensorSpec, Vector
 from moshpitd.simulation.checkers import Agreement, Checker, HonestReceipts
 from moshpitd.simulation.history import History
 from moshpitd.simulation.network import Link, Weather
@@ -225,3 +226,25 @@ def test_versions_travel_as_their_barrier_did_and_without_anchors(codec: str, in
         endings = story.average()
         assert {ending.told.version.kind for ending in endings.values() if ending.told.version} == {"fresh"}
         assert {(round_.codec, round_.codec_why) for round_ in rounds_of(endings)} == {(in_versions, why)}
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"compressor": "arc:0.2,4,ef14", "wait_avoidance": WaitAvoidance(2, 4), "min_peers": 4}, "wait-avoiding"),
+        ({"compressor": "arc:0.2,4,ef14", "codec": "*.b=float32,*=flash8"}, "one codec for all"),
+        ({"compressor": "arc:0.2,4,ef14", "codec": "flash4+anchored"}, "without .anchored"),
+        ({"compressor": "arc:0.2,4,ef21m", "rounds": 1}, "rounds auto"),
+    ],
+    ids=["versions", "codecs by tensor", "anchors", "one round"],
+)
+def test_what_does_not_go_with_a_compressor_is_refused_by_name(options: dict[str, Any], complaint: str) -> None:
+    layout = Layout.of([TensorSpec("w", (300, 128), "float32")])
+    with pytest.raises(InvalidInput, match=complaint):
+        SessionOptions(layout, **options).check()
+
+
+def test_auto_goes_with_a_compressor() -> None:
+    SessionOptions(
+        Layout.of([TensorSpec("w", (300, 128), "float32")]), compressor="arc:0.2,4,ef14", codec="auto"
+    ).check()
