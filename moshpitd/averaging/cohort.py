@@ -73,9 +73,10 @@ class WaitAvoidance:
 class CohortConfig:
     """The daemon's side of wait avoidance."""
 
-    punctual_share: float = 0.1
+    punctual_share: float = 0.25
     """A daemon that hears of a version holds its old model back for this share of its trainer's usual step, if the
-    trainer is about to post: else nobody but the first would ever be fresh. 0: never, as in the paper."""
+    trainer is about to post: else nobody but the first would ever be fresh. 0: never, as in the paper. Eight
+    punctual trainers on two busy cores: with 0.1 a third of their calls were fresh, with 0.25 nine of ten."""
     punctual_max_s: float = 0.05
     """... and never longer than this: the others wait meanwhile."""
     version_budget_s: float = 600.0

@@ -90,8 +90,8 @@ class Exact:
     trials: int
     punctual: int
     """Trials in which the machine let all trainers be: the others are not judged."""
-    error_max: float
-    """Largest deviation from the float64 mean, relative to the largest of its elements."""
+    error_max: float | None
+    """Largest deviation from the float64 mean, relative to the largest of its elements; None: no trial was punctual."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,7 @@ def _exact(sockets: Sequence[Path], group_size: int, seed: int) -> Exact:
         for trial in range(TRIALS)
         if all(ends[trial][1] for ends in every)
     ]
-    return Exact(peers, group_size, axes, TRIALS, len(errors), max(errors, default=math.nan))
+    return Exact(peers, group_size, axes, TRIALS, len(errors), max(errors, default=None))
 
 
 def _late(sockets: Sequence[Path], steps: int, seed: int) -> Late:
@@ -436,7 +436,11 @@ def show(figures: Figures, *, as_json: bool) -> None:
         print(json.dumps(asdict(figures)))
         return
     for exact in figures.exact:
-        held = f"off by at most {exact.error_max:.1g} of the largest element" if exact.punctual else "not measured"
+        held = (
+            f"off by at most {exact.error_max:.1g} of the largest element"
+            if exact.error_max is not None
+            else "not measured"
+        )
         print(
             f"exact mean of {exact.peers} after {exact.versions} versions in groups of {exact.group_size}: {held} "
             f"({exact.punctual} of {exact.trials} trials were punctual)"

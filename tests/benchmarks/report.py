@@ -325,25 +325,21 @@ def _draw_codec_links(details: Mapping[str, Any]) -> Path:
 
 
 def _draw_losses(details: Mapping[str, Any]) -> Path:
-    """Loss over wall clock: of the mean of all models, and fainter of the trainers' own."""
+    """Loss over wall clock, one panel a way to deal the data: of the mean of all models, fainter of trainers' own."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.6, 4.2))
+    figure, all_axes = pyplot.subplots(1, len(details), figsize=(5.6 * len(details), 4.0), sharey=True, squeeze=False)
     colours = {"synchronous": "#000000", "groups": "#D55E00", "wait-avoiding": "#0072B2"}
-    for name, curve in details["curves"].items():
-        axes.plot(curve["seconds"], curve["mean"], label=name, color=colours[name])
-        axes.plot(curve["seconds"], curve["own"], color=colours[name], alpha=0.35, linestyle="--")
-    final = details["curves"]["synchronous"]["mean"][-1]
-    axes.axhline(final, color="#999999", linewidth=0.8, linestyle=":")
-    axes.set(
-        yscale="log",
-        xlabel="seconds",
-        ylabel="cross-entropy on all shards",
-        title="Eight trainers, two of them late in each step (dashed: each one's own model)",
-    )
-    axes.title.set_fontsize(9)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3, which="both")
+    for axes, (dealt, curves) in zip(all_axes[0], details.items(), strict=True):
+        for name, curve in curves.items():
+            axes.plot(curve["seconds"], curve["mean"], label=name, color=colours[name])
+            axes.plot(curve["seconds"], curve["own"], color=colours[name], alpha=0.35, linestyle="--")
+        axes.axhline(curves["synchronous"]["mean"][-1], color="#999999", linewidth=0.8, linestyle=":")
+        axes.set(yscale="log", xlabel="seconds")
+        axes.set_title(f"two of eight late in each step, {dealt} shards (dashed: own models)", fontsize=9)
+        axes.grid(alpha=0.3, which="both")
+    all_axes[0][0].set_ylabel("cross-entropy on all shards")
+    all_axes[0][0].legend(fontsize=8)
     return _save(figure, "loss_over_time")
 
 

@@ -31,11 +31,11 @@ def measure(*, quick: bool) -> Measured:
         figures.append(Figure("wait_avoiding", name, value, unit, goal, target, note))
 
     for exact in found.exact:
-        if exact.error_max > ERROR_MAX:
+        if exact.error_max is not None and exact.error_max > ERROR_MAX:
             raise WrongResult(f"{exact.peers} punctual trainers hold no exact mean: off by {exact.error_max:g}")
         name = f"exact mean of {exact.peers} after {exact.versions} versions in groups of {exact.group_size}"
         note = f"{exact.punctual} of {exact.trials} trials punctual"
-        if exact.punctual:
+        if exact.error_max is not None:
             tell(name, exact.error_max, "rel. error", Goal.AT_MOST, ERROR_MAX, note)
         else:
             tell(f"{name}: punctual trials", 0, "", Goal.AT_LEAST, 1, "the machine was too busy to be punctual")
