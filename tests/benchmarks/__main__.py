@@ -22,6 +22,7 @@ from tests.benchmarks import (
     all_reduce,
     codec_links,
     codecs,
+    compressors,
     directory,
     exactness,
     failover,
@@ -57,7 +58,12 @@ BENCHMARKS: dict[str, Callable[..., Measured]] = {
     "wait_avoiding": wait_avoiding.measure,
     "loss_over_time": loss_over_time.measure,
 }
-BY_NAME_ONLY: dict[str, Callable[..., Measured]] = {"huge": under_load.measure_huge, "profile": profiling.measure}
+BY_NAME_ONLY: dict[str, Callable[..., Measured]] = {
+    "huge": under_load.measure_huge,
+    "profile": profiling.measure,
+    "arc": compressors.measure_arc,
+    "training": compressors.measure_training,
+}
 """They take minutes or need the machine's whole memory."""
 PLAIN_WIDTH = 132
 

@@ -34,6 +34,7 @@ class Rate(Enum):
     """An uplink: megabits a second, and how `tbf` gets there without bursts that hide it or queues that drop it."""
 
     MBIT_25 = (25, "16k", "256k")
+    MBIT_50 = (50, "32k", "512k")
     MBIT_100 = (100, "32k", "512k")
     GBIT_1 = (1000, "512k", "4m")
 

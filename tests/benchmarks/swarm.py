@@ -285,6 +285,9 @@ class Training:
     rounds: int | None = None
     """Of an averaging; None for the exact mean."""
     codec: str = "float32"
+    compressor: str = "dense"
+    row: int = 0
+    """The tensor's second side; 0: it has one only."""
     hop: Hop = "copied"
     name: str = "default"
     """Of their sessions: trainings of one swarm need different ones."""
@@ -438,15 +441,17 @@ def _train(
 ) -> None:
     """A trainer's process, until its link is closed."""
     tensor = np.empty(how.elements, np.float32)
+    shaped = tensor.reshape(-1, how.row) if how.row else tensor
     with contextlib.suppress(EOFError, OSError, threading.BrokenBarrierError), moshpit_client.connect(socket) as daemon:
         try:
             # Every averaging waits for all: what is measured is never a smaller swarm.
             with daemon.open_session(
-                {"x": tensor},
+                {"x": shaped},
                 name=how.name,
                 min_peers=peers,
                 rounds=how.rounds or "auto",
                 codec=how.codec,
+                compressor=how.compressor,
                 shared_memory=how.hop != "streamed",
             ) as session:
                 if how.hop != "streamed":
@@ -457,13 +462,13 @@ def _train(
                         case Go(turn=turn, weight=weight):
                             if how.hop == "zero copy":
                                 given = session.contribution()
-                                tensor = given["x"].view(np.float32)
+                                tensor = given["x"].view(np.float32).reshape(-1)
                                 Values(rank, turn).fill(tensor)
                                 release.wait(how.timeout_s)
                                 began = time.monotonic()
                                 got, receipt = session.average_values(given, weight, how.timeout_s, copy=False)
                                 ended = time.monotonic()
-                                tensor = got["x"].view(np.float32)
+                                tensor = got["x"].view(np.float32).reshape(-1)
                             else:
                                 Values(rank, turn).fill(tensor)
                                 release.wait(how.timeout_s)
