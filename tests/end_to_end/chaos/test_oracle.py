@@ -48,6 +48,10 @@ def round_of(
         leader=peers[0],
         rank=0,
         codec="float32",
+        stage="dense",
+        codec_why="",
+        bits_per_element=32.0,
+        relative_error=0.0,
         transport="grpc",
         members=tuple(Member(peer, weights[peer], place) for place, peer in enumerate(peers)),
         links=(),
@@ -75,6 +79,8 @@ def call_of(peer: str, holds: Floats, rounds: tuple[Round, ...]) -> Call:
         grid="4",
         session="default",
         local=Local(1, WEIGHTS[peer]),
+        compressor="dense",
+        notes=(),
     )
     return Call(peer, 0.0, 1.0, 10.0, 0.0, WEIGHTS[peer], given(peer), holds, receipt, rounds_of_all=True)
 
