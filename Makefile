@@ -1,6 +1,7 @@
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 PYTEST_ARGS ?=
+WORKERS ?= 2
 SEEDS ?= 200
 
 .PHONY: help demo test check protos simulate chaos soak bench image swarm clean
@@ -13,9 +14,9 @@ help:
 demo: $(INSTALLED)
 	$(PYTHON) clients/python/examples/demo_digits/run.py
 
-# test: everything CI runs; add PYTEST_ARGS="-k name" to narrow, "--cov" for coverage
+# test: everything CI runs, two files at a time (WORKERS=0: one); add PYTEST_ARGS="-k name" to narrow, "--cov" for coverage
 test: check
-	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # check: style, types, the house's import rules, fresh stubs, proto lint
 check: $(INSTALLED)
