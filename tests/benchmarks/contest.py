@@ -84,7 +84,7 @@ class Ours:
 
     def open(self, megabytes: float) -> None:
         self.close()
-        how = Training(int(megabytes * 1e6) // 4, self._rounds, self._codec, "zero copy", name=self.name)
+        how = Training(int(megabytes * 1e6) // 4, self._rounds, self._codec, hop="zero copy", name=self.name)
         self._trainers = self._open.enter_context(training(self._swarm, how))
 
     def round(self) -> Sample | None:

@@ -30,7 +30,8 @@ class Cast:
         if wire == values.dtype:
             return values.view(np.uint8).data
         largest = LARGEST[self.name]
-        values = np.clip(values, -largest, largest)
+        if len(values) and (values.max() > largest or values.min() < -largest):  # looking costs less than clipping
+            values = np.clip(values, -largest, largest)
         return values.astype(wire).view(np.uint8).data
 
     def decode(self, payload: bytes | memoryview, dtype: np.dtype, elements: int) -> Floats:
