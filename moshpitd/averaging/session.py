@@ -1229,7 +1229,7 @@ class Session:
         assert current.plan is not None
         rounds = self._rounds_planned(current.plan)
         axes = {current.plan.axis(current.k, j, rounds) for j in range(before, current.j)}
-        lines = {peer for axis in axes for peer in self._members.line(current.plan, axis, current.cell)}
+        lines = {peer for axis in axes for peer in self._line(axis)}
         for peer in sorted(lines - {self._here.peer}):
             self._tell(peer, self._members.address_of(peer), Ahead(current.k, current.j))
 
@@ -1237,9 +1237,15 @@ class Session:
         current = self._current
         if current is None or current.plan is None or current.k != k:
             return
-        axes = range(len(current.plan.sides))
-        if any(sender in self._members.line(current.plan, axis, current.cell) for axis in axes):
+        if any(sender in self._line(axis) for axis in range(len(current.plan.sides))):
             current.ahead[sender] = j
+
+    def _line(self, axis: int) -> set[PeerId]:
+        """Ours; newcomers whose claims we have not heard of are of it once they were in its group."""
+        current = self._current
+        assert current is not None
+        assert current.plan is not None
+        return current.met.get(axis, set()).union(self._members.line(current.plan, axis, current.cell))
 
     def _left_by(self) -> PeerId | None:
         """One of our line that has left the stage under way, if all must agree on it."""
@@ -1249,7 +1255,7 @@ class Session:
         assert current.course is not None
         if not current.course.stage.agreement:
             return None
-        line = self._members.line(current.plan, current.axis, current.cell)
+        line = self._line(current.axis)
         beyond = current.course.first + self._rounds_planned(current.plan)
         return next((peer for peer in sorted(current.ahead) if peer in line and current.ahead[peer] >= beyond), None)
 
@@ -1343,7 +1349,7 @@ class Session:
         current = self._current
         expected = self._members.expected(plan, line, round_.k)
         if current and current.k == round_.k and not self._is_past(round_.k, round_.j):
-            met = {peer for peer in current.met.get(round_.axis, ()) if peer in line}
+            met = current.met.get(round_.axis, set()) - {self._here.peer}
             expected = tuple(sorted(met.union(expected)))
         if self._may_come_to(round_):
             expected = (*expected, self._here.peer)

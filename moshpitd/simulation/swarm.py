@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -233,7 +233,7 @@ class Swarm:
         self._carry_out(peer)
         return peer
 
-    def start(self, peer: Peer, vector: Vector, call: Call) -> None:
+    def start(self, peer: Peer, vector: Vector, call: Call, *, spares: Sequence[Vector] = ()) -> None:
         """Its trainer calls. Raises the SessionError of a call that can never work."""
         assert not peer.busy
         peer.busy, peer.deadline, peer.stood_still_s = True, self.now + call.timeout_s, 0.0
@@ -243,7 +243,7 @@ class Swarm:
             peer.frozen.append(lambda: self._start_late(peer, vector, call))
             return
         try:
-            self._feed(peer, lambda: peer.machine.start(call, vector, self.now))
+            self._feed(peer, lambda: peer.machine.start(call, vector, self.now, spares=spares))
         except SessionError:
             peer.busy = False
             raise
