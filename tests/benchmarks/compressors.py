@@ -18,9 +18,11 @@ from moshpit_client import ArcTopK
 from tests.benchmarks.figures import Figure, Goal, Measured, WrongResult
 from tests.benchmarks.namespaces import Rate, shaped_net
 from tests.benchmarks.rivals import Unavailable
-from tests.benchmarks.swarm import STEP_TIMEOUT_S, Swarm, Training, running, training
+from tests.benchmarks.swarm import Swarm, Training, running, training
 
 Floats = npt.NDArray[np.floating]
+PATIENCE_S = 300.0
+"""For one averaging: a thousand follow each other, and a machine may stand still in one of them."""
 Tensors = dict[str, npt.NDArray[np.float32]]
 
 
@@ -41,7 +43,7 @@ class Trainers:
         for tensors, values in zip(self._tensors, given, strict=True):
             for name, value in values.items():
                 tensors[name][...] = value
-        receipts = list(self._pool.map(lambda session: session.average(timeout=STEP_TIMEOUT_S), self._sessions))
+        receipts = list(self._pool.map(lambda session: session.average(timeout=PATIENCE_S), self._sessions))
         for receipt in receipts:
             if receipt.outcome != "complete":
                 raise WrongResult(f"step {self._step}: {receipt.outcome}: {receipt.why}")

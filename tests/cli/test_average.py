@@ -96,6 +96,19 @@ def test_what_is_asked_for_reaches_the_daemon(fake_daemon: FakeDaemon, moshpitd:
     assert (started.session_id, started.weight, started.epoch, started.timeout_seconds) == ("s1", 2.5, 12, 20.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("arc", "a single averaging has no later"), ("dense:ef14", "open a session"), ("arcs", "did you mean 'arc'")],
+)
+def test_compressors_are_for_those_who_come_again(
+    fake_daemon: FakeDaemon, moshpitd: Moshpitd, source: Path, name: str, complaint: str
+) -> None:
+    done = moshpitd("average", source, "--compressor", name)
+    assert (done.returncode, fake_daemon.opened) == (2, [])
+    assert complaint in " ".join(done.stderr.split())
+    assert moshpitd("average", source, "--compressor", "dense").returncode == 0
+
+
 def test_by_default_values_count_at_once_and_any_epoch_will_do(
     fake_daemon: FakeDaemon, moshpitd: Moshpitd, source: Path
 ) -> None:

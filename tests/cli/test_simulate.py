@@ -183,6 +183,8 @@ def test_of_many_seeds_each_failing_one_is_named_with_its_command(
         ("--plot x.jpg", "end it in .png, .svg or .pdf"),
         ("--plot nowhere/x.png", "there is no directory"),
         ("--seeds 2 --trace t.txt", "--plot and --trace show one run: leave out --seeds"),
+        ("--compressor arc", "--compressor is for --workload mixed"),
+        ("--workload mixed --compressor arcs", "did you mean 'arc'"),
         ("--workload mixed --absent 0.1", "--absent: the mixed workload draws its faults, links and sizes from --seed"),
     ],
 )

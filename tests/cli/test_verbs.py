@@ -112,6 +112,20 @@ def test_explain_tells_who_met_who_reduced_what_and_who_was_dropped(
         assert part in told
 
 
+def test_explain_tells_what_a_compressor_made_of_it(fake_daemon: FakeDaemon, moshpitd: Moshpitd) -> None:
+    told = receipt(pb.OUTCOME_COMPLETE)
+    told.compressor = "arc:0.2,4,ef21m,0.1,0"
+    told.notes.append("sent dense: membership changed")
+    told.rounds[0].stage = "sketch"
+    left = told.rounds.add(round=3, axis=1, outcome=pb.OUTCOME_ALONE, stage="rows", why="not the same rows")
+    left.members.extend(told.rounds[0].members)
+    fake_daemon.receipts = [told]
+    said = moshpitd("explain", "last").stdout
+    assert "arc:0.2,4,ef21m,0.1,0 went through sketch, then rows. sent dense: membership changed." in said
+    assert "for the sketch, along axis" in said
+    assert f"for the rows, along axis 1: {len(left.members)} met and averaged nothing. Why: not the same rows." in said
+
+
 def test_explain_can_tell_one_round_or_the_last_averaging(fake_daemon: FakeDaemon, moshpitd: Moshpitd) -> None:
     fake_daemon.receipts = [receipt(pb.OUTCOME_ALONE, epoch=9), receipt(pb.OUTCOME_COMPLETE)]
     assert moshpitd("explain", "7.0").stdout.startswith("Round 7.0, along axis 1, complete")
