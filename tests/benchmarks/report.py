@@ -232,6 +232,10 @@ def _pictures(records: Mapping[str, Record]) -> list[Path]:
     drawn: list[Path] = []
     if "all_reduce" in records:
         drawn.append(_draw_all_reduce(records["all_reduce"].measured.details))
+    if "arc" in records and not records["arc"].failure:
+        drawn.append(_draw_arc(records["arc"].measured.details))
+    if "training" in records and not records["training"].failure:
+        drawn.append(_draw_training(records["training"].measured.details))
     if "codecs" in records:
         drawn.append(_draw_codecs(records["codecs"].measured.details))
     if "codec_links" in records:
@@ -341,6 +345,39 @@ def _draw_losses(details: Mapping[str, Any]) -> Path:
     all_axes[0][0].set_ylabel("cross-entropy on all shards")
     all_axes[0][0].legend(fontsize=8)
     return _save(figure, "loss_over_time")
+
+
+def _draw_arc(details: Mapping[str, Any]) -> Path:
+    """Distance to the optimum over steps."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
+    for (name, distances), colour in zip(details["distances"].items(), OUR_COLOURS, strict=False):
+        axes.plot(range(0, details["every"] * len(distances), details["every"]), distances, label=name, color=colour)
+    axes.set(xlabel="averagings", ylabel="distance to the optimum", yscale="log")
+    axes.set_title("two camps whose gradients cancel: ten daemons, a twentieth of the rows", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _save(figure, "arc")
+
+
+def _draw_training(details: Mapping[str, Any]) -> Path:
+    """The same losses twice: over steps, and over what the daemons sent."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 3.6), sharey=True)
+    for (name, course), colour in zip(details["courses"].items(), OUR_COLOURS, strict=False):
+        losses, every = course["losses"], details["every"]
+        steps = range(0, every * len(losses), every)
+        megabytes = [course["bytes_sent"] / 1e6 * step / steps[-1] for step in steps]
+        panels[0].plot(steps, losses, label=name, color=colour)
+        panels[1].plot(megabytes, losses, label=name, color=colour)
+    panels[0].set(xlabel="averagings", ylabel="loss over all digits", yscale="log")
+    panels[1].set(xlabel="MB that eight daemons sent", xscale="symlog")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    return _save(figure, "training")
 
 
 def _draw_bars(name: str, title: str, figures: Sequence[Figure]) -> Path:
