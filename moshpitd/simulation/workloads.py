@@ -45,6 +45,8 @@ AGREED = 1e-9
 UNDIALABLE = "nobody in the group can be dialled"
 STEP_S = 10.0
 """How long a step of training takes, calm averaging included: longer than the slowest links need."""
+STAGES = 3
+"""... and so many times longer where a compressor has stages: on three axes they are nine rounds."""
 Values = npt.NDArray[np.float32]
 
 
@@ -550,6 +552,7 @@ class Mixed:
         self._rounds = dice.choice([0, 0, 1])
         self._shape: tuple[int, ...] = (self._elements,)
         self._is_dense = options.compressor == "dense"
+        self._step_s = STEP_S if options.compressor.startswith("dense") else STAGES * STEP_S
         if not self._is_dense:
             self._elements = dice.choice([40 * 96, 6 * 4096 + 512])
             self._shape = (self._elements // 32, 32)
@@ -598,7 +601,7 @@ class Mixed:
         try:
             swarm.run_until(
                 lambda: calm.whole >= options.calm_averagings or calm.last > options.settle_averagings,
-                3 * STEP_S * options.settle_averagings,
+                3 * self._step_s * options.settle_averagings,
             )
         finally:
             swarm.observers.remove(calm)
@@ -611,15 +614,15 @@ class Mixed:
             self._run.liveness.complain(swarm.now, f"still not exact after {calm.last} calm: {calm.why_not()}")
 
     def _call_in_step(self, peer: Peer, vector: Vector) -> None:
-        """At every multiple of STEP_S at which it is not in a call."""
+        """At the beginning of every step at which it is not in a call."""
 
         def again(_: Ending | None = None) -> None:
-            moment = (math.floor(self.swarm.now / STEP_S) + 1) * STEP_S + self._dice.uniform(0.0, 0.01)
+            moment = (math.floor(self.swarm.now / self._step_s) + 1) * self._step_s + self._dice.uniform(0.0, 0.01)
             self.swarm.at(moment, call)
 
         def call() -> None:
             if peer.on_end:
-                self.swarm.start_if_alive(peer, vector, Call(timeout_s=20.0))
+                self.swarm.start_if_alive(peer, vector, Call(timeout_s=2 * self._step_s))
 
         peer.on_end = again
         again()
