@@ -371,9 +371,9 @@ def _draw_training(details: Mapping[str, Any]) -> Path:
         steps = range(0, every * len(losses), every)
         megabytes = [course["bytes_sent"] / 1e6 * step / steps[-1] for step in steps]
         panels[0].plot(steps, losses, label=name, color=colour)
-        panels[1].plot(megabytes, losses, label=name, color=colour)
+        panels[1].plot(megabytes[1:], losses[1:], label=name, color=colour)
     panels[0].set(xlabel="averagings", ylabel="loss over all digits", yscale="log")
-    panels[1].set(xlabel="MB that eight daemons sent", xscale="symlog")
+    panels[1].set(xlabel="MB that eight daemons sent", xscale="log")
     for axes in panels:
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
