@@ -31,6 +31,7 @@ from moshpitd.averaging.effects import (
     LookUp,
     OpenStreams,
     Progress,
+    Receivable,
     Send,
     Sendable,
     Withdraw,
@@ -423,6 +424,10 @@ class Driver:
         running = self._by_key.get(session)
         return running.machine.next_outgoing(group_id, rank) if running else None
 
+    def is_ahead(self, session: Key, group_id: GroupId, rank: Rank) -> bool:
+        running = self._by_key.get(session)
+        return running is not None and running.machine.is_ahead(group_id, rank, asyncio.get_running_loop().time())
+
     def stream_opened(self, session: Key, group_id: GroupId, rank: Rank, transport: str) -> None:
         if running := self._by_key.get(session):
             running.machine.stream_opened(group_id, rank, transport)
@@ -618,6 +623,8 @@ class Running:
                 door.close_streams(group_id)
             case Sendable(group_id=group_id, rank=rank):
                 door.ring(group_id, rank)
+            case Receivable(group_id=group_id, rank=rank):
+                door.read_on(group_id, rank)
             case Compute(group_id=group_id, job_id=job_id):
                 self._driver.compute(effect, partial(self._computed, group_id, job_id))
             case Progress(text=text, fraction=fraction):

@@ -36,7 +36,7 @@ from xxhash import xxh3_64_digest
 
 from moshpitd.averaging.codecs import Codec, Coding, VectorCodec
 from moshpitd.averaging.compressors.stages import Operation
-from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
+from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Receivable, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.link import Arrival, Measure, Transfers
 from moshpitd.averaging.messages import Chunk, Group, Heartbeat, Holdings, Ready, ReductionMessage, Suspect, View
@@ -53,7 +53,7 @@ MEASURED_EVERY = 16
 
 @dataclass(frozen=True, slots=True)
 class AllReduceConfig:
-    """When a silent member is given up."""
+    """When a silent member is given up, and when a quick one is held up."""
 
     heartbeat_s: float = 1.0
     """Each live member tells all others this often how far it is. Shorter finds the dead sooner and costs messages."""
@@ -61,6 +61,9 @@ class AllReduceConfig:
     """A member whose progress stands still for so many heartbeats is suspected (if it owes us something)."""
     slowest_chunk_factor: float = 4.0
     """... but not before this many times its slowest chunk so far: a slow link that moves is waited for."""
+    ahead_bytes_max: int = 8 << 20
+    """A member of whose contributions more than this waits here for those of others is ahead: its next chunks had
+    better stay where they are. Less would make a quick member wait for a slow one's every hiccup."""
 
 
 class State(Enum):
@@ -155,6 +158,12 @@ class AllReduce:
         self._present: list[tuple[Rank, ...]] = [()] * count
         self._missing = count
         self._inbox: list[dict[Rank, bytes | memoryview]] = [{} for _ in range(count)]
+        self._waiting_bytes = [0] * n
+        """Of each member's contributions those that wait here for others. In the first view, as is ..."""
+        self._brought = [0] * n
+        """... how many each has brought."""
+        self._ahead: set[Rank] = set()
+        """Whose next chunks the door was told to leave where they are."""
         self._reducing: set[int] = set()
         """Pieces whose reduction or decoding runs; no piece twice at a time."""
         self._jobs: dict[int, Callable[[object], None]] = {}
@@ -293,6 +302,11 @@ class AllReduce:
         ]
         return self._transfers.up(), self._transfers.down(explained_s, now)
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Of contributions of others that wait for more before they can be averaged."""
+        return sum(len(payload) for inbox in self._inbox for payload in inbox.values())
+
     def fraction_done(self) -> float:
         return 1 - self._missing / max(1, len(self._pieces))
 
@@ -400,11 +414,32 @@ class AllReduce:
                 return self._outgoing_contribution(index)
         return None
 
+    def is_ahead(self, rank: Rank, now: float) -> bool:
+        """Whether the next chunk of this member had better stay where it is until the bell (Receivable) rings: it would
+        wait here for others. The one that has brought least never is, so that somebody always goes on."""
+        if not self._is_ahead(rank):
+            return False
+        self._ahead.add(rank)
+        self._beats[rank].held_up(now)
+        self._transfers.held_up(rank, now)
+        return True
+
     def take_effects(self) -> list[Effect]:
+        for rank in [rank for rank in self._ahead if not self._is_ahead(rank)]:
+            self._ahead.discard(rank)
+            self._emit(Receivable(self.group.group_id, rank))
         effects, self._effects = self._effects, []
         return effects
 
     # ---- chunks
+
+    def _is_ahead(self, rank: Rank) -> bool:
+        if self._view or self.state is not State.EXCHANGING:
+            return False
+        if self._waiting_bytes[rank] <= self._config.ahead_bytes_max:
+            return False
+        others = (r for r in self._contributors if r in self._live and r not in (self.rank, rank))
+        return any(self._brought[r] < self._brought[rank] for r in others)
 
     def _outgoing_contribution(self, index: int) -> Outgoing:
         piece = self._pieces[index]
@@ -466,6 +501,8 @@ class AllReduce:
             raise RemoteProtocolError(f"{self._name(sender)} joined with weight 0 but sent a contribution")
         if sender not in self._inbox[index] and self._view == 0:
             self._transfers.contribution(sender, now)
+            self._waiting_bytes[sender] += len(chunk.payload)
+            self._brought[sender] += 1
         self._inbox[index].setdefault(sender, chunk.payload)
         self._reduce_if_complete(index)
 
@@ -483,6 +520,8 @@ class AllReduce:
         present = tuple(rank for rank in self._contributors if rank == self.rank or rank in inbox)
         if not present:
             return  # all who had weight are gone; the time will run out
+        for rank, payload in inbox.items():
+            self._waiting_bytes[rank] -= len(payload)
         piece = self._pieces[index]
         job = partial(
             reduce_chunk,
@@ -677,7 +716,9 @@ class AllReduce:
         if self.state is State.EXCHANGING and self._suspected.keys().isdisjoint(self._live):
             for rank in owing:
                 factor = 1 if self._owes_contribution(rank) and self._view == 0 else 2
-                if (still := now - self._beats[rank].moved_at) >= factor * self._patience(rank):
+                if rank in self._ahead:
+                    self._beats[rank].held_up(now)
+                elif (still := now - self._beats[rank].moved_at) >= factor * self._patience(rank):
                     self._accuse(rank, f"made no progress for {still:.1f} s")
                     self._still.add(rank)
         self._seek_view(now)
@@ -946,9 +987,14 @@ class Progress:
             self.slowest_chunk_s = max(self.slowest_chunk_s, now - self._chunk_at)
         self._chunk_at = self.moved_at = now
 
-    def restart(self, now: float) -> None:
-        self.heard_at = self.moved_at = now
+    def held_up(self, now: float) -> None:
+        """We keep it from moving."""
+        self.moved_at = now
         self._chunk_at = None
+
+    def restart(self, now: float) -> None:
+        self.heard_at = now
+        self.held_up(now)
 
 
 # ---- jobs: pure, run wherever the driver likes

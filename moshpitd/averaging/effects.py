@@ -71,6 +71,14 @@ class Sendable:
 
 
 @dataclass(frozen=True, slots=True)
+class Receivable:
+    """The bell of the other direction: this member, which was ahead, may go on."""
+
+    group_id: GroupId
+    rank: Rank
+
+
+@dataclass(frozen=True, slots=True)
 class Compute:
     """Call `job` (at most 4 MiB of work), then hand its value back under this id."""
 
@@ -120,6 +128,7 @@ Effect = (
     | OpenStreams
     | CloseStreams
     | Sendable
+    | Receivable
     | Compute
     | Progress
     | Finished

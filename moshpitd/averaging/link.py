@@ -87,7 +87,7 @@ class Transfers:
         self._total = 0
         self._by_sender = [0] * len(owed)
         self._through: dict[int, Arrival] = {}
-        """By sender, what it had sent us, averages too."""
+        """By sender, what it had sent us, averages too, when it was through or held up."""
         self._through_in_all: dict[int, Arrival] = {}
         """... and what all together had."""
         self._reported: dict[int, Arrival] = {}
@@ -101,7 +101,13 @@ class Transfers:
     def contribution(self, sender: int, now: float) -> None:
         """... and it was one of the contributions owed."""
         self._owed[sender] -= 1
-        if self._owed[sender] == 0:
+        if self._owed[sender] == 0 and sender not in self._through:
+            self._through[sender] = Arrival(self._by_sender[sender], now - self._began)
+            self._through_in_all[sender] = Arrival(self._total, now - self._began)
+
+    def held_up(self, sender: int, now: float) -> None:
+        """What comes from now on comes when we let it: that says nothing of its line, or ours."""
+        if sender not in self._through and self._by_sender[sender]:
             self._through[sender] = Arrival(self._by_sender[sender], now - self._began)
             self._through_in_all[sender] = Arrival(self._total, now - self._began)
 

@@ -701,6 +701,11 @@ class Session:
         reduction = self._reductions.get(group_id)
         return reduction.next_outgoing(rank) if reduction else None
 
+    def is_ahead(self, group_id: GroupId, rank: Rank, now: float) -> bool:
+        """Whether this member's next chunk had better stay where it is until the bell rings."""
+        reduction = self._reductions.get(group_id)
+        return reduction is not None and reduction.is_ahead(rank, now)
+
     def handle_timer(self, now: float) -> None:
         for matchmaking in list(self._matchmakings.values()):
             if (due := matchmaking.next_deadline()) is not None and due <= now:

@@ -384,6 +384,11 @@ class WaitAvoiding:
         reduction = self._reductions.get(group_id)
         return reduction.next_outgoing(rank) if reduction else self._barrier.next_outgoing(group_id, rank)
 
+    def is_ahead(self, group_id: GroupId, rank: Rank, now: float) -> bool:
+        """Whether this member's next chunk had better stay where it is until the bell rings."""
+        reduction = self._reductions.get(group_id)
+        return reduction.is_ahead(rank, now) if reduction else self._barrier.is_ahead(group_id, rank, now)
+
     def handle_timer(self, now: float) -> None:
         if (due := self._barrier.next_deadline()) is not None and due <= now:
             self._barrier.handle_timer(now)

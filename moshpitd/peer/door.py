@@ -150,6 +150,10 @@ class PeerDoor:
         """A pull for this member would succeed."""
         self._transfers.ring(group_id, rank)
 
+    def read_on(self, group_id: GroupId, rank: Rank) -> None:
+        """This member is no longer ahead."""
+        self._transfers.read_on(group_id, rank)
+
     # ---- messages
 
     def send(self, session: Key, peer: PeerId, address: str, message: Message) -> None:
@@ -388,6 +392,9 @@ class _Nobody:
 
     def next_outgoing(self, session: Key, group_id: GroupId, rank: Rank) -> Outgoing | None:
         return None
+
+    def is_ahead(self, session: Key, group_id: GroupId, rank: Rank) -> bool:
+        return False
 
     def stream_opened(self, session: Key, group_id: GroupId, rank: Rank, transport: str) -> None:
         pass

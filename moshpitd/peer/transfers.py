@@ -46,6 +46,9 @@ class ChunkInbox(Protocol):
     def next_outgoing(self, session: Key, group_id: GroupId, rank: Rank) -> Outgoing | None:
         """Pull: the next chunk for this member."""
 
+    def is_ahead(self, session: Key, group_id: GroupId, rank: Rank) -> bool:
+        """Whether this member's next chunk had better stay where it is, until `read_on`."""
+
     def stream_opened(self, session: Key, group_id: GroupId, rank: Rank, transport: str) -> None:
         """Over what the chunks to and from this member travel."""
 
@@ -61,6 +64,8 @@ class Streams:
     group: Group
     rank: Rank
     bells: dict[Rank, asyncio.Event] = field(default_factory=dict)
+    may_read: dict[Rank, asyncio.Event] = field(default_factory=dict)
+    """Waited for by who reads from a member that is ahead."""
     served: set[tuple[Rank, int]] = field(default_factory=set)
     """Member and number of each link we serve: none twice."""
     is_closing: bool = False
@@ -80,7 +85,7 @@ class Streams:
         for limit, linger_s in self.limits:
             with suppress(RuntimeError):  # it has ended already
                 limit.reschedule(asyncio.get_running_loop().time() + linger_s)
-        for bell in self.bells.values():
+        for bell in (*self.bells.values(), *self.may_read.values()):
             bell.set()
 
 
@@ -141,6 +146,7 @@ class Transfers:
             if other == rank:
                 continue
             streams.bells[Rank(other)] = asyncio.Event()
+            streams.may_read[Rank(other)] = asyncio.Event()
             if _dials(group.members[rank], rank, member, Rank(other)):
                 self._spawn(self._dial(streams, Rank(other), 0, self._config.transport))
         for stranger in self._strangers:
@@ -158,6 +164,12 @@ class Transfers:
         streams = self._streams.get(group_id)
         if streams is not None and rank in streams.bells:
             streams.bells[rank].set()
+
+    def read_on(self, group_id: GroupId, rank: Rank) -> None:
+        """This member is no longer ahead."""
+        streams = self._streams.get(group_id)
+        if streams is not None and rank in streams.may_read:
+            streams.may_read[rank].set()
 
     # ---- dialling
 
@@ -331,9 +343,14 @@ class Transfers:
 
     async def _read_chunks(self, streams: Streams, rank: Rank, link: Link) -> None:
         assert self._inbox is not None
+        where = streams.session, streams.group.group_id
+        may_read = streams.may_read[rank]
         async for frame in link.frames():
-            chunk = wire.chunk_from(frame)
-            self._inbox.chunk_received(streams.session, streams.group.group_id, rank, chunk)
+            self._inbox.chunk_received(*where, rank, wire.chunk_from(frame))
+            del frame  # it would be kept while we wait
+            while not streams.is_closing and self._inbox.is_ahead(*where, rank):
+                may_read.clear()
+                await may_read.wait()  # the transport fills up, and the sender feels that
 
     async def _write_chunks(self, streams: Streams, rank: Rank, link: Link) -> None:
         assert self._inbox is not None

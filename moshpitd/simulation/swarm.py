@@ -28,6 +28,7 @@ from moshpitd.averaging.effects import (
     LookUp,
     OpenStreams,
     Progress,
+    Receivable,
     Send,
     Sendable,
     Withdraw,
@@ -447,6 +448,8 @@ class Swarm:
                     observer.group_ended(peer, group_id, result)
             case Sendable(group_id=group_id, rank=rank):
                 self._pump(peer, group_id, rank)
+            case Receivable(group_id=group_id, rank=rank):
+                self._read_on(peer, group_id, rank)
             case Compute():
                 self._compute(peer, effect)
             case Progress(text=text):
@@ -613,6 +616,8 @@ class Swarm:
             return
         if self._torn and (group_id, frozenset((peer.id, other.id))) in self._torn:
             return
+        if other.machine.is_ahead(group_id, our_rank, self.now):
+            return
         outgoing = peer.machine.next_outgoing(group_id, rank)
         if outgoing is None:
             return
@@ -635,6 +640,11 @@ class Swarm:
         self._carry(
             peer.id, other.id, self.network.arrival(peer.id, other.id, size, self.weather.message, self.now), arrive
         )
+
+    def _read_on(self, peer: Peer, group_id: GroupId, rank: Rank) -> None:
+        group, our_rank = peer.streams.get(group_id, (None, None))
+        if group is not None and our_rank is not None:
+            self._pump(self.peers[group.members[rank].peer], group_id, our_rank)
 
     # ---- the directory
 

@@ -20,6 +20,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from moshpitd.averaging.all_reduce import AllReduceConfig
 from moshpitd.averaging.grid import parse_sides
 from moshpitd.averaging.receipt import Outcome, Receipt
 from moshpitd.averaging.session import Call, SessionConfig
@@ -547,7 +548,11 @@ class Mixed:
             lost_writes=dice.choice([0.0, 0.1]),
             noticed=(0.001, dice.choice([0.05, 1.0])),
         )
-        config = SessionConfig(group_size_max=dice.choice([4, 8, 16]), chunk_bytes=1 << 14)
+        config = SessionConfig(
+            group_size_max=dice.choice([4, 8, 16]),
+            chunk_bytes=1 << 14,
+            all_reduce=AllReduceConfig(ahead_bytes_max=1 << 15),
+        )
         self._elements = dice.choice([1, 3 * 4096, 6 * 4096 + 17])
         self._rounds = dice.choice([0, 0, 1])
         self._shape: tuple[int, ...] = (self._elements,)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from moshpitd.averaging.all_reduce import AllReduce, AllReduceConfig, State
 from moshpitd.averaging.codecs import rules_of
 from moshpitd.averaging.compressors import Operation
-from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
+from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Receivable, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.messages import Address, Chunk, Group, Member, ReductionMessage
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank
@@ -286,6 +286,8 @@ class GroupOnPaper:
                 self._send(rank, Rank(number_of(to)), message)
             case Sendable(rank=to):
                 self._pull(rank, to)
+            case Receivable(rank=to):
+                self._when_able(to, lambda _: self._pull(to, rank))
             case Compute(job_id=job_id, job=job):
                 early = job() if self._rng.random() < 0.5 else None
                 self.at(
@@ -305,6 +307,9 @@ class GroupOnPaper:
     def _pull(self, sender: Rank, receiver: Rank) -> None:
         """The sender's door asks for a chunk unless one is still on its way."""
         if (sender, receiver) in self._pulling or sender in self.dead or sender not in self.machines:
+            return
+        reader = self.machines.get(receiver)
+        if reader is not None and reader.is_ahead(sender, self.now):
             return
         outgoing = self.machines[sender].next_outgoing(receiver)
         if outgoing is not None:

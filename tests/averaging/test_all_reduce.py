@@ -468,6 +468,33 @@ def test_a_slow_member_that_moves_is_waited_for() -> None:
     assert paper.now > 10
 
 
+def test_quick_members_are_held_up_where_a_slow_one_lacks_and_for_no_longer() -> None:
+    chunk_bytes, waiting = 4 * ALIGNMENT, list[int]()
+    config = AllReduceConfig(ahead_bytes_max=4 * chunk_bytes)
+    paper = group_on_paper(normal_vectors(4, 100 * ALIGNMENT), budget_s=600, config=config)
+    paper.chunk_seconds[Rank(2)] = 2.5
+
+    def look() -> None:
+        waiting.append(max(paper.machines[Rank(r)].waiting_bytes for r in range(4) if Rank(r) in paper.machines))
+        if not all(machine.finished for machine in paper.machines.values()):
+            paper.at(paper.now + 0.1, look)
+
+    paper.at(1.0, look)
+    paper.run()
+    assert all(machine.is_complete for machine in paper.machines.values())
+    assert suspicions(paper) == [], "who is kept from moving is not taken for dead"
+    assert 4 * chunk_bytes < max(waiting) <= 2 * 5 * chunk_bytes, "of the two quick ones, and never 2 * 25 chunks"
+
+
+def test_a_member_held_up_that_dies_is_found_out() -> None:
+    paper = group_on_paper(4, budget_s=600, config=AllReduceConfig(ahead_bytes_max=0))
+    paper.chunk_seconds[Rank(2)] = 2.5
+    paper.at(3.0, partial(paper.kill, 1, noticed=False))
+    paper.run()
+    assert paper.committed == [0, 2, 3]
+    paper.check_promises()
+
+
 def test_a_member_that_lives_but_does_not_move_is_left_out() -> None:
     paper = group_on_paper(4)
     paper.fate = lambda sender, receiver, message: not (sender == 2 and isinstance(message, Chunk))
@@ -614,6 +641,7 @@ def a_bad_day(seed: int, *, links: bool) -> tuple[GroupOnPaper, str]:
         seed=seed,
         codec=codec,
         latency_s=dice.choice([(0.001, 0.05), (0.001, 0.3)]),
+        config=AllReduceConfig(ahead_bytes_max=0) if seed % 2 else None,
     )
     for rank in dice.sample(range(n), dice.randint(0, n - 1)):
         paper.at(dice.uniform(0, 1.5), partial(paper.kill, rank, noticed=dice.random() < 0.6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -36,6 +37,8 @@ class Told:
     dialable: list[bool] = field(default_factory=list)
     outgoing: dict[Rank, list[Outgoing]] = field(default_factory=dict)
     refuses: type[Message] | None = None
+    chunks_wanted: float = math.inf
+    """Whoever has sent so many is ahead."""
 
     def message_received(self, session: Key, sender: PeerId, message: Message) -> None:
         assert session == SESSION
@@ -49,6 +52,9 @@ class Told:
     def chunk_received(self, session: Key, group_id: GroupId, sender: Rank, chunk: Chunk) -> None:
         assert session == SESSION
         self.chunks.append((sender, chunk.index, bytes(chunk.payload)))
+
+    def is_ahead(self, session: Key, group_id: GroupId, rank: Rank) -> bool:
+        return len(self.chunks) >= self.chunks_wanted
 
     def next_outgoing(self, session: Key, group_id: GroupId, rank: Rank) -> Outgoing | None:
         return self.outgoing[rank].pop(0) if self.outgoing.get(rank) else None

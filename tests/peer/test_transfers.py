@@ -60,6 +60,30 @@ async def test_chunks_travel_both_ways_whoever_dialled(
 
 
 @pytest.mark.parametrize("transport", ["grpc", "tcp"])
+async def test_who_is_ahead_is_not_read_from_until_the_bell_rings(house: Houses, transport: str) -> None:
+    ours, theirs = await house(config=over(transport)), await house(config=over(transport))
+    ours.told.outgoing[Rank(1)] = [chunk(index, bytes(1_000_000)) for index in range(60)]
+    theirs.told.outgoing[Rank(0)] = [chunk(9, b"the other way goes on")]
+    theirs.told.chunks_wanted = 3
+    for each, rank in ((ours, 0), (theirs, 1)):
+        each.door.open_streams(SESSION, group_of(ours, theirs), Rank(rank))
+    await until(lambda: len(theirs.told.chunks) == 3 and ours.told.chunks)
+    theirs.told.chunks_wanted = 5
+    theirs.door.read_on(GROUP_ID, Rank(0))
+    await until(lambda: len(theirs.told.chunks) == 5)
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert len(theirs.told.chunks) == 5
+    assert ours.told.outgoing[Rank(1)], "the sender feels it: the rest was never pulled"
+    theirs.told.chunks_wanted = 61
+    theirs.door.read_on(GROUP_ID, Rank(0))
+    await until(lambda: len(theirs.told.chunks) == 60)
+    for each in (ours, theirs):
+        each.door.close_streams(GROUP_ID)
+    assert ours.told.streams_lost == theirs.told.streams_lost == []
+
+
+@pytest.mark.parametrize("transport", ["grpc", "tcp"])
 async def test_over_a_long_way_two_members_use_several_links(house: Houses, transport: str) -> None:
     ours = await house(config=over(transport, links=4))
     theirs = await house(config=over(transport))
