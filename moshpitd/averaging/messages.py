@@ -392,6 +392,18 @@ class Heartbeat:
     moved: int
 
 
+# ---- lossy rounds
+
+
+@dataclass(frozen=True, slots=True)
+class RangesWanted:
+    """To a contributor: nothing arrived of these ranges from anybody; send yours again, over the group's streams."""
+
+    group_id: GroupId
+    ranges: tuple[int, ...]
+    """Numbers of packet ranges, all of the sender's span; none: nothing arrived from you, send all."""
+
+
 # ---- plans and terms
 
 
@@ -469,8 +481,9 @@ class Stranger:
 MatchmakingMessage = Hail | Coming | Join | Leave | Kept | Redirect | TooShort | Closed | Begin | Begun | Bound
 ReductionMessage = Ready | Suspect | View | Holdings | Heartbeat
 SessionMessage = Ahead | PlanWanted | PlanNotice | TermsWanted | TermsNotice | Farewell | Latencies
+LossyMessage = RangesWanted
 CohortMessage = Activation | Contributing | Outcast | Stranger
-Message = MatchmakingMessage | ReductionMessage | SessionMessage | CohortMessage
+Message = MatchmakingMessage | ReductionMessage | LossyMessage | SessionMessage | CohortMessage
 
 
 # ---- bulk data

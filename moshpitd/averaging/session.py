@@ -116,6 +116,7 @@ from moshpitd.averaging.messages import (
     PlanNotice,
     PlanWanted,
     Presence,
+    RangesWanted,
     Ready,
     Record,
     Redirect,
@@ -629,6 +630,8 @@ class Session:
                 self._receive_in_group(message, sender, now)
             case Ahead(k=k, j=j):
                 self._receive_ahead(k, j, sender)
+            case RangesWanted():
+                return  # of a lossy round
             case PlanWanted(missing=missing):
                 for peer in missing[:HOLES_TOLD_MAX]:  # if it is gone, this finds out; if not, it is answered by a plan
                     self._tell(peer, self._members.address_of(peer), PlanWanted())

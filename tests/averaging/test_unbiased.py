@@ -1,4 +1,4 @@
-"""The estimator through the real reducer: no lean towards who was heard, whatever the links lose and whatever weighs."""
+"""The estimator through the real reducer: no lean towards who was heard, whatever links lose and members weigh."""
 
 from __future__ import annotations
 

@@ -274,6 +274,7 @@ class Envelope(_message.Message):
     STRANGER_FIELD_NUMBER: _builtins.int
     LATENCIES_FIELD_NUMBER: _builtins.int
     AHEAD_FIELD_NUMBER: _builtins.int
+    RANGES_WANTED_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """The session's key: hash of swarm and session name, 20 bytes."""
     @_builtins.property
@@ -384,6 +385,10 @@ class Envelope(_message.Message):
     def ahead(self) -> Global___Ahead:
         """See Ahead."""
 
+    @_builtins.property
+    def ranges_wanted(self) -> Global___RangesWanted:
+        """See RangesWanted."""
+
     def __init__(
         self,
         *,
@@ -415,12 +420,13 @@ class Envelope(_message.Message):
         stranger: Global___Stranger | None = ...,
         latencies: Global___Latencies | None = ...,
         ahead: Global___Ahead | None = ...,
+        ranges_wanted: Global___RangesWanted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "ahead", b"ahead", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "latencies", b"latencies", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "ahead", b"ahead", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "latencies", b"latencies", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ranges_wanted", b"ranges_wanted", "ready", b"ready", "redirect", b"redirect", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "ahead", b"ahead", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "latencies", b"latencies", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "ahead", b"ahead", "begin", b"begin", "begun", b"begun", "bound", b"bound", "closed", b"closed", "coming", b"coming", "contributing", b"contributing", "farewell", b"farewell", "hail", b"hail", "heartbeat", b"heartbeat", "holdings", b"holdings", "join", b"join", "kept", b"kept", "latencies", b"latencies", "leave", b"leave", "message", b"message", "outcast", b"outcast", "plan_notice", b"plan_notice", "plan_wanted", b"plan_wanted", "ranges_wanted", b"ranges_wanted", "ready", b"ready", "redirect", b"redirect", "session", b"session", "stranger", b"stranger", "suspect", b"suspect", "terms_notice", b"terms_notice", "terms_wanted", b"terms_wanted", "too_short", b"too_short", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell", "hail", "coming", "activation", "contributing", "outcast", "stranger", "latencies", "ahead"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join", "leave", "kept", "redirect", "too_short", "closed", "begin", "begun", "bound", "ready", "suspect", "view", "holdings", "heartbeat", "plan_wanted", "plan_notice", "terms_wanted", "terms_notice", "farewell", "hail", "coming", "activation", "contributing", "outcast", "stranger", "latencies", "ahead", "ranges_wanted"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -1655,6 +1661,36 @@ class Outcast(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Outcast: _TypeAlias = Outcast  # noqa: Y015
+
+@_typing.final
+class RangesWanted(_message.Message):
+    """To a contributor of a lossy round: nothing arrived of these packet ranges from anybody; send yours again, over the
+    group's streams.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    group_id: _builtins.bytes
+    """The group's id."""
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of packet ranges, all of the sender's span; none: nothing arrived from you, send all."""
+
+    def __init__(
+        self,
+        *,
+        group_id: _builtins.bytes = ...,
+        ranges: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "ranges", b"ranges"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RangesWanted: _TypeAlias = RangesWanted  # noqa: Y015
 
 @_typing.final
 class Stranger(_message.Message):
