@@ -3,14 +3,21 @@
 Knows file descriptors and address families. Does not know what datagrams say: whoever claims a first byte is handed all
 that begin with it. Works alike under asyncio and uvloop, because it uses neither's datagram transport (uvloop's refuses
 host names and queues without bound; ours drops what the kernel does not take, as UDP may).
+
+Bulk datagrams of equal size cross the kernel's border many at a time where it can: it cuts one large send into
+datagrams (GSO) and hands over several of one sender as one (GRO). No datagram is ever fragmented: one that does not fit
+the path is refused or lost.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import socket
+import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +32,19 @@ DRAIN_MAX = 64
 """Datagrams read in one turn of the loop: enough to be cheap, few enough that a flood leaves turns to everything
 else."""
 
+DRAIN_BYTES_MAX = 1 << 20
+"""... and so many bytes: those of bulk cost milliseconds."""
+SEND_BYTES_MAX = 65_000
+"""As one send, headers of lower layers included ..."""
+SEGMENTS_MAX = 64
+"""... and so many datagrams."""
+SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
+"""Linux; Python does not name them all."""
+IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, PMTUDISC_DO = 10, 23, 2
+
 Handler = Callable[[bytes, Address], None]
+BulkHandler = Callable[[memoryview, int, Address], None]
+"""Datagrams of one size behind each other, the last may be shorter; valid during the call only."""
 Drop = Callable[[bytes, Address], bool]
 
 
@@ -55,13 +74,20 @@ class DatagramSocket:
         self._socket = bound
         self._drop = drop
         self._handlers: dict[int, Handler] = {}
+        self._bulk_handlers: dict[int, BulkHandler] = {}
         self._buffer = memoryview(bytearray(DATAGRAM_BYTES_MAX))
+        self._room: asyncio.Future[None] | None = None
+        """Somebody waits for room to send."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(bound.fileno(), self._drain)
         self.address = address(*bound.getsockname()[:2])
         self.counters = SocketCounters()
         self.receive_buffer_bytes = bound.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
         """What the kernel granted (it doubles what it was asked, for its own use)."""
+        self.segments_sent = _has_option(bound, UDP_SEGMENT)
+        """The kernel cuts large sends into datagrams."""
+        self.segments_received = False
+        """The kernel hands several datagrams over at once: asked of it when somebody claims bulk."""
 
     @classmethod
     async def open(cls, host: str, port: int, *, drop: Drop | None = None) -> DatagramSocket:
@@ -78,6 +104,10 @@ class DatagramSocket:
             if family == socket.AF_INET6:
                 bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(target.host != "::"))
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+            if family == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_DO)
+            if family == socket.AF_INET or target.host == "::":
+                bound.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DO)
             bound.bind((target.host, port))
         except OSError as error:
             bound.close()
@@ -96,6 +126,7 @@ class DatagramSocket:
     def close(self) -> None:
         """Twice does no harm."""
         if self._socket.fileno() >= 0:
+            self._has_room()
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
 
@@ -105,9 +136,18 @@ class DatagramSocket:
         assert first_byte not in self._handlers, f"first byte {first_byte:#x} is claimed already"
         self._handlers[first_byte] = handler
 
+    def claim_bulk(self, first_byte: int, handler: BulkHandler) -> None:
+        """As `claim`, for many datagrams at a time."""
+        assert first_byte not in self._handlers.keys() | self._bulk_handlers.keys()
+        self._bulk_handlers[first_byte] = handler
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(SOL_UDP, UDP_GRO, 1)
+            self.segments_received = True
+
     def release(self, first_byte: int) -> None:
         """Datagrams that begin with this byte are dropped from now on."""
         self._handlers.pop(first_byte, None)
+        self._bulk_handlers.pop(first_byte, None)
 
     def reaches(self, to: Address) -> bool:
         """Whether a datagram can leave here for it: IPv4 reaches IPv4, "::" reaches both, other IPv6 itself."""
@@ -121,29 +161,111 @@ class DatagramSocket:
         if self._drop is not None and self._drop(datagram, to):
             self.counters.dropped += 1
             return
-        host = to.host
-        if self._socket.family == socket.AF_INET6 and ":" not in host:
-            host = f"::ffff:{host}"
         try:
-            self._socket.sendto(datagram, (host, to.port))
+            self._socket.sendto(datagram, self._target(to))
             self.counters.sent += 1
         except OSError:
             self.counters.refused += 1
 
+    def send_bulk(self, datagrams: memoryview, size: int, to: Address) -> bool:
+        """Sends or loses datagrams of `size` bytes that lie behind each other, at most SEGMENTS_MAX and SEND_BYTES_MAX.
+        False when the kernel has no room now: nothing was sent; wait with `writable`."""
+        if self._socket.fileno() < 0:
+            return True
+        count = -(-len(datagrams) // size)
+        if self._drop is not None or (count > 1 and not self.segments_sent):
+            for at in range(0, len(datagrams), size):
+                self.send(bytes(datagrams[at : at + size]), to)
+            return True
+        try:
+            cut = [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", size))] if count > 1 else []
+            self._socket.sendmsg([datagrams], cut, 0, self._target(to))
+            self.counters.sent += count
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:
+                return False
+            if count > 1 and error.errno in (errno.EIO, errno.EINVAL):  # this way out cannot cut
+                self.segments_sent = False
+                return self.send_bulk(datagrams, size, to)
+            self.counters.refused += count
+        return True
+
+    async def writable(self) -> None:
+        """Returns when the kernel has room."""
+        if self._socket.fileno() < 0:
+            return
+        if self._room is None or self._room.done():
+            self._room = self._loop.create_future()
+            self._loop.add_writer(self._socket.fileno(), self._has_room)
+        await asyncio.shield(self._room)
+
+    def _has_room(self) -> None:
+        self._loop.remove_writer(self._socket.fileno())
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    def _target(self, to: Address) -> tuple[str, int]:
+        is_mapped = self._socket.family == socket.AF_INET6 and ":" not in to.host
+        return (f"::ffff:{to.host}" if is_mapped else to.host, to.port)
+
     def _drain(self) -> None:
+        taken = 0
         for _ in range(DRAIN_MAX):
             try:
-                size, sender = self._socket.recvfrom_into(self._buffer)
+                size, segment, sender = self._receive()
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
                 continue  # an ICMP error of an earlier send; the next call gives the next datagram
-            self.counters.received += 1
-            handler = self._handlers.get(self._buffer[0]) if size else None
-            if handler is None:
-                self.counters.unclaimed += 1
-            else:
-                handler(bytes(self._buffer[:size]), address(*sender[:2]))
+            whole = self._buffer[:size]
+            if size <= segment:
+                self._hand_over(whole, segment, sender)
+            else:  # the kernel joins what is alike in size only
+                at = 0
+                while at < size:
+                    first, end = whole[at], at + segment
+                    while end < size and whole[end] == first:
+                        end += segment
+                    self._hand_over(whole[at:end], segment, sender)
+                    at = end
+            taken += size
+            if taken >= DRAIN_BYTES_MAX:
+                return
+
+    def _receive(self) -> tuple[int, int, tuple[str, int]]:
+        """Bytes read, size of each datagram in them, sender."""
+        if not self.segments_received:
+            size, sender = self._socket.recvfrom_into(self._buffer)
+            return size, max(1, size), sender
+        size, extras, _, sender = self._socket.recvmsg_into([self._buffer], 64)
+        segment = size
+        for level, kind, data in extras:
+            if (level, kind) == (SOL_UDP, UDP_GRO):
+                segment = int.from_bytes(data[:4], sys.byteorder)
+        return size, max(1, segment), sender
+
+    def _hand_over(self, datagrams: memoryview, segment: int, sender: tuple[str, int]) -> None:
+        """All begin with the same byte."""
+        count = max(1, -(-len(datagrams) // segment))
+        self.counters.received += count
+        first = datagrams[0] if len(datagrams) else -1
+        if bulk := self._bulk_handlers.get(first):
+            bulk(datagrams, segment, address(*sender[:2]))
+        elif handler := self._handlers.get(first):
+            for at in range(0, len(datagrams), segment):
+                handler(bytes(datagrams[at : at + segment]), address(*sender[:2]))
+        else:
+            self.counters.unclaimed += count
+
+
+def _has_option(bound: socket.socket, option: int) -> bool:
+    try:
+        bound.getsockopt(SOL_UDP, option)
+    except OSError:
+        return False
+    return True
 
 
 class ClaimedTransport(asyncio.DatagramTransport):
