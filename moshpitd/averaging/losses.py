@@ -65,10 +65,13 @@ class DeadlineConfig:
 
     rounds: int = 100
     """Remembered: their 99th percentile is the worst of them."""
-    slack_share: float = 0.25
+    slack_share: float = 0.5
     """Added to it, as a share ..."""
-    slack_min_s: float = 0.05
+    slack_min_s: float = 0.1
     """... and at least: what a busy machine's scheduler takes."""
+    doubt: float = 4.0
+    """Few rounds do not know their percentile: all of it is longer by this, divided by their number. Patience costs
+    time only where the ends of streams are lost too."""
     first_s: float = 5.0
     """Nothing is known yet: waited so long beyond what a slow line needs for the bytes. A sender says when it is
     through, so that this passes only where the ends of its streams are lost too."""
@@ -98,7 +101,7 @@ class Deadline:
         # A larger round takes longer, in proportion at most.
         ordered = sorted(took * max(1.0, size / max(1, known)) for took, known in self._took)
         worst = ordered[math.ceil(0.99 * len(ordered)) - 1]
-        return worst + max(config.slack_min_s, config.slack_share * worst)
+        return (worst + max(config.slack_min_s, config.slack_share * worst)) * (1 + config.doubt / len(ordered))
 
 
 @dataclass(slots=True)

@@ -72,6 +72,9 @@ class LossyConfig:
     """A sender said it is through: packets that others overtook may still come for so long."""
     repair_s: float = 2.0
     """Ranges asked for over the reliable streams are waited for so long; where packets are lost those are slow."""
+    still_s: float = 5.0
+    """Averages that come over the reliable streams are waited for as long as they move: never longer than this without
+    any, once our own span is closed."""
 
 
 class Phase(IntEnum):
@@ -211,6 +214,9 @@ class LossyReduce:
         self._is_closed = False
         """Of our span nothing is waited for but repairs."""
         self._blocked: set[Rank] = set()
+        """Whose packets do not arrive, by what we see ..."""
+        self._cut_off: set[Rank] = set()
+        """... or by what our door sees: what we have for them goes over the reliable streams too."""
         self._repair_until = math.inf
         self._stale: list[tuple[int, int]] = []
 
@@ -386,6 +392,8 @@ class LossyReduce:
         self.bytes_received += len(chunk.payload)
         if self.finished or sender not in self._live:
             return
+        if stream.is_reliable:
+            stream.last_at = now
         cut = self._ranges.cut_of(chunk.index)
         for packets in _packets_from(chunk.payload, cut, chunk.index, stream.coding):
             if phase is Phase.AVERAGE and stream.is_over:
@@ -431,9 +439,9 @@ class LossyReduce:
             moments.append(min(self._close_at, self._scatter_through_at()))
         elif self._wanted():
             moments.append(self._repair_until)
-        if any(not stream.is_over and not stream.is_reliable for stream in self._averages.values()):
-            moments.append(self._gather_until)
-            moments += [self._through_at(stream) for stream in self._averages.values() if not stream.is_over]
+        for stream in self._averages.values():
+            if not stream.is_over:
+                moments.append(min(self._through_at(stream), self._given_up_at(stream)))
         return min(moments, default=None)
 
     def next_burst(self, rank: Rank) -> Burst | None:
@@ -460,8 +468,9 @@ class LossyReduce:
 
     def path_blocked(self, rank: Rank, now: float) -> None:
         """No datagram passes between this member and us: from here on everything goes over the reliable streams."""
-        if self.finished or rank in self._blocked or rank not in self._live:
+        if self.finished or rank in self._cut_off or rank not in self._live:
             return
+        self._cut_off.add(rank)
         self._blocked.add(rank)
         self._log(f"no datagram passes between {self._name(rank)} and us: the reliable streams carry all")
         for stream in self._streams_of(rank):
@@ -495,10 +504,8 @@ class LossyReduce:
         if self._is_closed:
             self._make_what_can_be()
         for rank, stream in self._averages.items():
-            is_late = now >= self._gather_until and not stream.is_reliable
-            if not stream.is_over and (
-                is_late or is_out_of_time or rank not in self._live or now >= self._through_at(stream)
-            ):
+            is_late = is_out_of_time or now >= min(self._through_at(stream), self._given_up_at(stream))
+            if not stream.is_over and (is_late or rank not in self._live):
                 stream.is_over = True
                 for cut in self._ranges.cuts:
                     if cut.piece.reducer == rank:
@@ -518,6 +525,12 @@ class LossyReduce:
         if not stream.lost:
             return -math.inf
         return math.inf if stream.ended_at is None or stream.is_reliable else stream.ended_at + self._config.reorder_s
+
+    def _given_up_at(self, stream: Inbound) -> float:
+        """When averages that do not come are no longer waited for."""
+        if not self._is_closed or not stream.is_reliable:
+            return self._gather_until
+        return max(self._closed_at, stream.last_at or -math.inf) + self._config.still_s
 
     def _close(self, now: float) -> None:
         """Our span: from here on only repairs count."""
@@ -576,7 +589,7 @@ class LossyReduce:
             (self._paths.scatter, self._contributions, self._began, self._sizes[0]),
             (self._paths.gather, self._averages, self._closed_at, self._sizes[1]),
         ):
-            last = [stream.last_at for stream in streams.values() if stream.last_at is not None]
+            last = [s.last_at for s in streams.values() if s.last_at is not None and not s.is_reliable]
             if last:
                 deadline.learn(max(0.0, max(last) - since), size)
         lost = sum(line.lost for line in self.link_losses())

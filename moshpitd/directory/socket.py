@@ -69,13 +69,13 @@ class SocketCounters:
 class DatagramSocket:
     """Bound, non-blocking, registered with the running loop until closed."""
 
-    def __init__(self, bound: socket.socket, drop: Drop | None) -> None:
+    def __init__(self, bound: socket.socket, drop: Drop | None, *, offload: bool) -> None:
         """Use `DatagramSocket.open`."""
         self._socket = bound
         self._drop = drop
         self._handlers: dict[int, Handler] = {}
         self._bulk_handlers: dict[int, BulkHandler] = {}
-        self._buffer = memoryview(bytearray(DATAGRAM_BYTES_MAX))
+        self._buffer = memoryview(bytearray(2 * DATAGRAM_BYTES_MAX))
         self._room: asyncio.Future[None] | None = None
         """Somebody waits for room to send."""
         self._loop = asyncio.get_running_loop()
@@ -84,17 +84,19 @@ class DatagramSocket:
         self.counters = SocketCounters()
         self.receive_buffer_bytes = bound.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
         """What the kernel granted (it doubles what it was asked, for its own use)."""
-        self.segments_sent = _has_option(bound, UDP_SEGMENT)
+        self._offload = offload
+        self.segments_sent = offload and _has_option(bound, UDP_SEGMENT)
         """The kernel cuts large sends into datagrams."""
         self.segments_received = False
         """The kernel hands several datagrams over at once: asked of it when somebody claims bulk."""
 
     @classmethod
-    async def open(cls, host: str, port: int, *, drop: Drop | None = None) -> DatagramSocket:
+    async def open(cls, host: str, port: int, *, drop: Drop | None = None, offload: bool = True) -> DatagramSocket:
         """Binds host:port; port 0 lets the kernel choose. "::" takes IPv4 too.
 
         The daemon binds gRPC's TCP port first and opens this with the number it got. `drop` loses outgoing datagrams
-        for tests and benchmarks. Raises `PortInUse`, `AddressError`, OSError.
+        for tests and benchmarks; without `offload` the kernel neither cuts nor joins datagrams, so that a filter of its
+        own sees each. Raises `PortInUse`, `AddressError`, OSError.
         """
         target = (await resolve(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))[0]
         family = socket.AF_INET6 if ":" in target.host else socket.AF_INET
@@ -114,7 +116,7 @@ class DatagramSocket:
             if error.errno == errno.EADDRINUSE:
                 raise PortInUse(f"UDP port {target} is in use; choose another --listen or stop its owner") from error
             raise
-        opened = cls(bound, drop)
+        opened = cls(bound, drop, offload=offload)
         if opened.receive_buffer_bytes < RECEIVE_BUFFER_BYTES:
             log.info(
                 "UDP receive buffer: asked for %d bytes, granted %d; raise net.core.rmem_max for lossy rounds",
@@ -130,6 +132,10 @@ class DatagramSocket:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
 
+    def fileno(self) -> int:
+        """The kernel's number of it."""
+        return self._socket.fileno()
+
     def claim(self, first_byte: int, handler: Handler) -> None:
         """Hands every datagram that begins with this byte to the handler, on the loop; it must neither block nor
         raise."""
@@ -140,6 +146,8 @@ class DatagramSocket:
         """As `claim`, for many datagrams at a time."""
         assert first_byte not in self._handlers.keys() | self._bulk_handlers.keys()
         self._bulk_handlers[first_byte] = handler
+        if not self._offload:
+            return
         with contextlib.suppress(OSError):
             self._socket.setsockopt(SOL_UDP, UDP_GRO, 1)
             self.segments_received = True
@@ -167,7 +175,7 @@ class DatagramSocket:
         except OSError:
             self.counters.refused += 1
 
-    def send_bulk(self, datagrams: memoryview, size: int, to: Address) -> bool:
+    def send_bulk(self, datagrams: memoryview, size: int, to: tuple[str, int]) -> bool:
         """Sends or loses datagrams of `size` bytes that lie behind each other, at most SEGMENTS_MAX and SEND_BYTES_MAX.
         False when the kernel has no room now: nothing was sent; wait with `writable`."""
         if self._socket.fileno() < 0:
@@ -175,7 +183,7 @@ class DatagramSocket:
         count = -(-len(datagrams) // size)
         if self._drop is not None or (count > 1 and not self.segments_sent):
             for at in range(0, len(datagrams), size):
-                self.send(bytes(datagrams[at : at + size]), to)
+                self.send(bytes(datagrams[at : at + size]), Address(*to))
             return True
         try:
             cut = [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", size))] if count > 1 else []
@@ -206,40 +214,57 @@ class DatagramSocket:
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
-    def _target(self, to: Address) -> tuple[str, int]:
-        is_mapped = self._socket.family == socket.AF_INET6 and ":" not in to.host
-        return (f"::ffff:{to.host}" if is_mapped else to.host, to.port)
+    def _target(self, to: tuple[str, int]) -> tuple[str, int]:
+        host, port = to
+        is_mapped = self._socket.family == socket.AF_INET6 and ":" not in host
+        return (f"::ffff:{host}" if is_mapped else host, port)
 
     def _drain(self) -> None:
-        taken = 0
+        """Reads what is there; datagrams of one sender and size that follow each other are handed over together."""
+        start = end = segment = taken = 0
+        run_of: tuple[str, int] | None = None
         for _ in range(DRAIN_MAX):
             try:
-                size, segment, sender = self._receive()
+                size, each, sender = self._receive(self._buffer[end:])
             except (BlockingIOError, InterruptedError):
-                return
+                break
             except OSError:
                 continue  # an ICMP error of an earlier send; the next call gives the next datagram
-            whole = self._buffer[:size]
-            if size <= segment:
-                self._hand_over(whole, segment, sender)
-            else:  # the kernel joins what is alike in size only
-                at = 0
-                while at < size:
-                    first, end = whole[at], at + segment
-                    while end < size and whole[end] == first:
-                        end += segment
-                    self._hand_over(whole[at:end], segment, sender)
-                    at = end
+            if sender != run_of or each != segment or (end - start) % segment:
+                self._split(self._buffer[start:end], segment, run_of)
+                start, segment, run_of = end, each, sender
+            end += size
             taken += size
+            if end > len(self._buffer) - DATAGRAM_BYTES_MAX or not size:
+                self._split(self._buffer[start:end], segment, run_of)
+                start = end = 0
+                run_of = None
             if taken >= DRAIN_BYTES_MAX:
-                return
+                break
+        self._split(self._buffer[start:end], segment, run_of)
 
-    def _receive(self) -> tuple[int, int, tuple[str, int]]:
+    def _split(self, run: memoryview, segment: int, sender: tuple[str, int] | None) -> None:
+        """By first byte: the kernel joins whatever is alike in size."""
+        if sender is None:
+            return
+        if not run:
+            self.counters.received += 1
+            self.counters.unclaimed += 1
+            return
+        at = 0
+        while at < len(run):
+            first, end = run[at], at + segment
+            while end < len(run) and run[end] == first:
+                end += segment
+            self._hand_over(run[at:end], segment, sender)
+            at = end
+
+    def _receive(self, into: memoryview) -> tuple[int, int, tuple[str, int]]:
         """Bytes read, size of each datagram in them, sender."""
         if not self.segments_received:
-            size, sender = self._socket.recvfrom_into(self._buffer)
+            size, sender = self._socket.recvfrom_into(into)
             return size, max(1, size), sender
-        size, extras, _, sender = self._socket.recvmsg_into([self._buffer], 64)
+        size, extras, _, sender = self._socket.recvmsg_into([into], 64)
         segment = size
         for level, kind, data in extras:
             if (level, kind) == (SOL_UDP, UDP_GRO):
@@ -248,12 +273,10 @@ class DatagramSocket:
 
     def _hand_over(self, datagrams: memoryview, segment: int, sender: tuple[str, int]) -> None:
         """All begin with the same byte."""
-        count = max(1, -(-len(datagrams) // segment))
-        self.counters.received += count
-        first = datagrams[0] if len(datagrams) else -1
-        if bulk := self._bulk_handlers.get(first):
+        self.counters.received += (count := -(-len(datagrams) // segment))
+        if bulk := self._bulk_handlers.get(datagrams[0]):
             bulk(datagrams, segment, address(*sender[:2]))
-        elif handler := self._handlers.get(first):
+        elif handler := self._handlers.get(datagrams[0]):
             for at in range(0, len(datagrams), segment):
                 handler(bytes(datagrams[at : at + segment]), address(*sender[:2]))
         else:

@@ -53,13 +53,22 @@ def test_who_left_is_forgotten() -> None:
 
 
 def test_the_first_deadline_has_patience_and_later_ones_have_slack() -> None:
-    deadline = Deadline(DeadlineConfig(first_s=5.0, first_bytes_s=1e6, slack_share=0.5, slack_min_s=0.01))
+    deadline = Deadline(DeadlineConfig(first_s=5.0, first_bytes_s=1e6, slack_share=0.5, slack_min_s=0.01, doubt=0.0))
     assert deadline.seconds(2_000_000) == pytest.approx(7.0)
     for seconds in (0.2, 0.1, 0.3, 0.2):
         deadline.learn(seconds, 1000)
     assert deadline.seconds(1000) == pytest.approx(0.45)
     assert deadline.seconds(2000) == pytest.approx(0.9), "twice the bytes take twice as long at most"
     assert deadline.seconds(10) == pytest.approx(0.45), "fewer bytes may take as long"
+
+
+def test_a_first_round_is_not_trusted_as_a_hundred_are() -> None:
+    deadline = Deadline()
+    deadline.learn(0.1, 1000)
+    after_one = deadline.seconds(1000)
+    for _ in range(50):
+        deadline.learn(0.1, 1000)
+    assert after_one > 4 * deadline.seconds(1000) > 4 * 0.2
 
 
 def test_a_pause_long_ago_is_forgotten() -> None:

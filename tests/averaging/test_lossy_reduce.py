@@ -233,13 +233,13 @@ def test_a_callers_time_ends_the_round_with_what_there_is() -> None:
 def test_deadlines_are_learnt_from_rounds_and_the_next_is_short() -> None:
     values = normal_vectors(4, 20_000)
     paths = [Paths() for _ in range(4)]
-    for seed in range(5):
+    for seed in range(10):
         LossyGroupOnPaper(group_of(values), values, loss=0.1, paths=paths, seed=seed).run()
     paper = LossyGroupOnPaper(group_of(values), values, loss=0.4, paths=paths, seed=6, config=LossyConfig(repair_s=0.1))
     paper.kill(3)
     paper.run()
     assert paper.committed == [0, 1, 2]
-    assert paper.now < 0.4, "with nothing learnt it would be five seconds"
+    assert paper.now < 0.8, "with nothing learnt it would be five seconds"
     assert paths[0].losses.typical > 0.05
 
 

@@ -82,3 +82,40 @@ def test_node_lists_travel_and_lose_what_no_datagram_can_reach() -> None:
     assert unpack_nodes(raw, limit=1) == sound[:1]
     for length in range(len(raw)):
         unpack_nodes(raw[:length], limit=20)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+async def test_bulk_is_handed_over_many_at_a_time_and_told_apart_from_what_looks_alike(offload: bool) -> None:
+    one = await DatagramSocket.open("127.0.0.1", 0, offload=offload)
+    other = await DatagramSocket.open("::", 0, offload=offload)
+    bulk: list[tuple[bytes, int]] = []
+    words: list[bytes] = []
+    one.claim_bulk(0xD7, lambda datagrams, size, _: bulk.append((bytes(datagrams), size)))
+    one.claim(0x10, lambda datagram, _: words.append(datagram))
+    run = b"".join(b"\xd7" + bytes([n]) * 99 for n in range(40)) + b"\xd7last"
+    assert other.send_bulk(memoryview(run), 100, one.address)
+    other.send(b"\x10" + bytes(99), one.address)
+    assert other.send_bulk(memoryview(run[:100]), 100, one.address)
+    try:
+        async with asyncio.timeout(10):
+            while len(b"".join(datagrams for datagrams, _ in bulk)) < len(run) + 100 or not words:
+                await asyncio.sleep(0)
+    finally:
+        one.close()
+        other.close()
+    assert b"".join(datagrams for datagrams, _ in bulk) == run + run[:100]
+    assert {size for _, size in bulk} <= {100, 5}
+    assert words == [b"\x10" + bytes(99)]
+    assert one.counters.received == other.counters.sent == 43
+    assert len(bulk) < 42, "many at a time"
+
+
+async def test_a_datagram_that_does_not_fit_the_path_is_refused_and_never_fragmented() -> None:
+    socket = await DatagramSocket.open("127.0.0.1", 0)
+    socket.send_bulk(memoryview(bytes(65_500)), 65_500, Address("127.0.0.1", 9))
+    socket.send_bulk(memoryview(bytes(66_000)), 66_000, Address("127.0.0.1", 9))
+    assert socket.counters.refused >= 1
+    async with asyncio.timeout(5):
+        await socket.writable()
+    socket.close()
+    assert socket.send_bulk(memoryview(b"x"), 1, Address("127.0.0.1", 9)), "lost"
