@@ -22,12 +22,13 @@ class LinkLosses:
 
     Counts are aged, not shares, so that a large round teaches more than a small one. Every link is taken to be a bit
     like the others (`KINSHIP` packets' worth), since few packets say little: were a link judged by one packet, its
-    estimate would lean towards who got through.
+    estimate would lean towards who got through. Much kinship leans too: 32 packets' worth by 1 % where a round has 50
+    packets a link and one of four links loses half, against .3 % (+-.2) without any.
     """
 
     AGEING = 0.8
     """What a count is worth a round later: 90 % of what is believed stems from the last ten rounds."""
-    KINSHIP = 32.0
+    KINSHIP = 4.0
 
     def __init__(self) -> None:
         self._counts: dict[PeerId, tuple[float, float]] = {}

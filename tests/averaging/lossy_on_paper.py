@@ -23,7 +23,8 @@ from moshpitd.averaging.messages import Chunk, Group, RangesWanted
 from moshpitd.averaging.names import Rank
 from moshpitd.averaging.ranges import Packets
 from moshpitd.averaging.vector import Vector
-from tests.averaging.group_on_paper import Values, flat, number_of
+from moshpitd.simulation.packet_loss import LossModel, PacketLoss
+from tests.averaging.group_on_paper import Values, flat, number_of, peer
 
 ENDS = 8
 """So often is the end of a stream told."""
@@ -37,8 +38,8 @@ class LossyGroupOnPaper:
         group: Group,
         values: Sequence[Vector],
         *,
-        loss: float = 0.0,
-        losses: Mapping[tuple[int, int], float] | None = None,
+        loss: float | LossModel = 0.0,
+        losses: Mapping[tuple[int, int], float | LossModel] | None = None,
         seed: int = 0,
         codec: str = "float32",
         paths: Sequence[Paths] | None = None,
@@ -60,12 +61,12 @@ class LossyGroupOnPaper:
         self.dead: set[int] = set()
         self.deaf_to: set[tuple[int, int]] = set()
         """(sender, receiver): the reliable streams between them bring nothing."""
-        self._losses = dict(losses or {})
-        self._loss = loss
         self._doubled = doubled
         self._jitter_s = jitter_s
         self._reliable_s = reliable_s
         self._rng = random.Random(seed)
+        links = {(peer(one), peer(other)): _model(each) for (one, other), each in (losses or {}).items()}
+        self._fates = PacketLoss(_model(loss), self._rng, links)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._given = [vector.buffer.copy() for vector in values]
@@ -161,10 +162,10 @@ class LossyGroupOnPaper:
 
     def _do(self, rank: int, effect: Effect) -> None:
         match effect:
-            case Send(peer=peer, message=message):
+            case Send(peer=to_peer, message=message):
                 assert isinstance(message, RangesWanted)
-                self.messages.append((rank, number_of(peer), message))
-                self._later(rank, number_of(peer), lambda to: to.receive(message, Rank(rank), self.now))
+                self.messages.append((rank, number_of(to_peer), message))
+                self._later(rank, number_of(to_peer), lambda to: to.receive(message, Rank(rank), self.now))
             case Sendable(rank=to):
                 self.at(self.now, partial(self._pull_bursts, rank, to))
                 self.at(self.now, partial(self._pull_chunks, rank, to))
@@ -206,16 +207,16 @@ class LossyGroupOnPaper:
                     )
         if burst.ends:
             for number in range(ENDS):
-                if self._rng.random() >= self._loss_of(sender, receiver):
+                if self._arrives(sender, receiver):
                     moment_of_end = moment + 0.001 * number
                     self.at(moment_of_end, partial(self._end_stream, sender, receiver, burst.phase))
         self.at(moment, partial(self._pull_bursts, sender, receiver))
 
     def _copies(self, sender: int, receiver: int) -> int:
-        return (self._rng.random() >= self._loss_of(sender, receiver)) + (self._rng.random() < self._doubled)
+        return self._arrives(sender, receiver) + (self._rng.random() < self._doubled)
 
-    def _loss_of(self, sender: int, receiver: int) -> float:
-        return self._losses.get((sender, receiver), self._loss)
+    def _arrives(self, sender: int, receiver: int) -> bool:
+        return self._fates.arrives(peer(sender), peer(receiver))
 
     def _pull_chunks(self, sender: int, receiver: Rank) -> None:
         if sender in self.dead:
@@ -252,3 +253,7 @@ class LossyGroupOnPaper:
         except RemoteProtocolError as wrong:
             self.blames.append(str(wrong))
         self._carry_out(rank)
+
+
+def _model(loss: float | LossModel) -> LossModel:
+    return loss if isinstance(loss, LossModel) else LossModel.even(loss)

@@ -32,7 +32,7 @@ def test_one_packet_says_little() -> None:
     losses = LinkLosses()
     losses.learn(ONE, sent=1, lost=0)
     losses.learn(OTHER, sent=1, lost=1)
-    assert losses.of(OTHER, [ONE, OTHER]) - losses.of(ONE, [ONE, OTHER]) < 0.05
+    assert losses.of(OTHER, [ONE, OTHER]) - losses.of(ONE, [ONE, OTHER]) < 0.25
 
 
 def test_a_link_that_became_better_is_forgiven() -> None:

@@ -10,9 +10,11 @@ from moshpitd.simulation.checkers.bounds import Bounds
 from moshpitd.simulation.checkers.checker import Checker
 from moshpitd.simulation.checkers.conservation import Conservation
 from moshpitd.simulation.checkers.contraction import Contraction
+from moshpitd.simulation.checkers.drift import Drift
 from moshpitd.simulation.checkers.honest_receipts import HonestReceipts
 from moshpitd.simulation.checkers.leaks import Leaks
 from moshpitd.simulation.checkers.liveness import Liveness
+from moshpitd.simulation.checkers.unbiasedness import Unbiasedness
 
 __all__ = [
     "Agreement",
@@ -20,7 +22,9 @@ __all__ = [
     "Checker",
     "Conservation",
     "Contraction",
+    "Drift",
     "HonestReceipts",
     "Leaks",
     "Liveness",
+    "Unbiasedness",
 ]
