@@ -43,7 +43,7 @@ peers are asked more often, because asking is cheap there; retransmission stays,
 
 ROOMS = (
     *("local", "household", "driver", "peer", "directory"),
-    *("session", "cohort", "matchmaking", "all_reduce", "telemetry"),
+    *("session", "cohort", "matchmaking", "all_reduce", "lossy", "udp", "telemetry"),
 )
 """Tables the file may hold: one for each room with a config dataclass of its own."""
 

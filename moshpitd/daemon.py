@@ -36,6 +36,7 @@ from moshpitd.averaging.all_reduce import AllReduceConfig
 from moshpitd.averaging.cohort import CohortConfig
 from moshpitd.averaging.grid import format_sides
 from moshpitd.averaging.household import HouseholdConfig
+from moshpitd.averaging.lossy_reduce import LossyConfig
 from moshpitd.averaging.matchmaking import MatchmakingConfig
 from moshpitd.averaging.names import short
 from moshpitd.averaging.session import SessionConfig
@@ -49,6 +50,7 @@ from moshpitd.local.server import LocalConfig, LocalServer
 from moshpitd.peer.channels import PeerConfig
 from moshpitd.peer.door import PeerDoor
 from moshpitd.peer.tcp import BulkPortError
+from moshpitd.peer.udp import UdpConfig, UdpPath
 from moshpitd.telemetry import log as event_log
 from moshpitd.telemetry.counters import Counters
 from moshpitd.telemetry.http import HttpDoor
@@ -210,6 +212,7 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
         cohort=config.room("cohort", CohortConfig),
         matchmaking=config.room("matchmaking", MatchmakingConfig),
         all_reduce=config.room("all_reduce", AllReduceConfig),
+        lossy=config.room("lossy", LossyConfig),
     )
     swarm_id = hashlib.sha256(b"moshpitd swarm " + config.swarm.encode()).digest()
     counters = Counters()
@@ -242,7 +245,10 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
             config=config.room("driver", DriverConfig),
         )
         stack.push_async_callback(driver.close)
-        await peer_door.serve(driver)
+        udp = UdpPath(datagrams, config.room("udp", UdpConfig))
+        stack.push_async_callback(udp.close)
+        udp.serve(driver)
+        await peer_door.serve(driver, udp)
         daemon = Daemon(identity, config, listen_at, announce_at, directory, driver, peer_door.bulk_port)
         households = Households(driver, config.room("household", HouseholdConfig))
         local = await LocalServer.open(config.socket, households, daemon, local_config)

@@ -46,6 +46,7 @@ from moshpitd.averaging.errors import (
     Unavailable,
 )
 from moshpitd.averaging.link import LinkRates
+from moshpitd.averaging.lossy_reduce import Burst, LossyReduce, Phase
 from moshpitd.averaging.machine import Machine, machine_for
 from moshpitd.averaging.messages import Address, Chunk, Message, Record, Sighting
 from moshpitd.averaging.names import GroupId, Key, PeerId, Rank, short
@@ -55,6 +56,7 @@ from moshpitd.averaging.vector import Layout, Vector
 from moshpitd.directory import Directory, DirectoryError
 from moshpitd.identity import Identity, peer_id, verify
 from moshpitd.peer import wire
+from moshpitd.peer.datagrams import Frames, Integers
 from moshpitd.peer.door import PeerDoor
 from moshpitd.telemetry.loop_lag import LoopLag
 
@@ -422,7 +424,49 @@ class Driver:
 
     def next_outgoing(self, session: Key, group_id: GroupId, rank: Rank) -> Outgoing | None:
         running = self._by_key.get(session)
-        return running.machine.next_outgoing(group_id, rank) if running else None
+        outgoing = running.machine.next_outgoing(group_id, rank) if running else None
+        if outgoing is None:
+            self._feed_lossy(session, group_id, LossyReduce.pulled_dry)
+        return outgoing
+
+    def next_burst(self, session: Key, group_id: GroupId, rank: Rank) -> Burst | None:
+        running = self._by_key.get(session)
+        round_ = running.machine.lossy(group_id) if running else None
+        burst = round_.next_burst(rank) if round_ else None
+        if burst is None:
+            self._feed_lossy(session, group_id, LossyReduce.pulled_dry)
+        return burst
+
+    def packets_expected(self, session: Key, group_id: GroupId, phase: Phase, sender: Rank) -> int:
+        running = self._by_key.get(session)
+        round_ = running.machine.lossy(group_id) if running else None
+        return round_.packets_expected(phase, sender) if round_ else 0
+
+    def packets_received(
+        self,
+        session: Key,
+        group_id: GroupId,
+        phase: Phase,
+        sender: Rank,
+        sequences: Integers,
+        offsets: Integers,
+        rows: Frames,
+    ) -> None:
+        self._feed_lossy(
+            session,
+            group_id,
+            lambda round_, now: round_.packets_received(phase, sender, sequences, offsets, rows, now),
+        )
+
+    def stream_ended(self, session: Key, group_id: GroupId, phase: Phase, sender: Rank) -> None:
+        self._feed_lossy(session, group_id, lambda round_, now: round_.stream_ended(phase, sender, now))
+
+    def path_blocked(self, session: Key, group_id: GroupId, rank: Rank) -> None:
+        self._feed_lossy(session, group_id, lambda round_, now: round_.path_blocked(rank, now))
+
+    def _feed_lossy(self, session: Key, group_id: GroupId, put: Callable[[LossyReduce, float], None]) -> None:
+        if running := self._by_key.get(session):
+            running.feed(partial(running.machine.feed_lossy, group_id, put))
 
     def is_ahead(self, session: Key, group_id: GroupId, rank: Rank) -> bool:
         running = self._by_key.get(session)
@@ -615,9 +659,9 @@ class Running:
                 self._waiting.clear()
                 kind = "lease" if key == self.machine.key else "presence"
                 self.withdrawals.append(self._driver.spawn(self._withdraw(key, kind)))
-            case OpenStreams(group=group, rank=rank):
+            case OpenStreams(group=group, rank=rank, lossy_codec=codec):
                 self._driver.loop_lag.begin(group.group_id)
-                door.open_streams(self.machine.key, group, rank)
+                door.open_streams(self.machine.key, group, rank, codec)
             case CloseStreams(group_id=group_id):
                 self._driver.loop_lag.end(group_id)
                 door.close_streams(group_id)

@@ -39,7 +39,18 @@ from moshpitd.averaging.compressors.stages import Operation
 from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Receivable, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.link import Arrival, Measure, Transfers
-from moshpitd.averaging.messages import Chunk, Group, Heartbeat, Holdings, Ready, ReductionMessage, Suspect, View
+from moshpitd.averaging.messages import (
+    Chunk,
+    Group,
+    Heartbeat,
+    Holdings,
+    LossyMessage,
+    RangesWanted,
+    Ready,
+    ReductionMessage,
+    Suspect,
+    View,
+)
 from moshpitd.averaging.names import Rank, digest, short
 from moshpitd.averaging.partition import ALIGNMENT, Piece, pieces_of
 from moshpitd.averaging.receipt import DroppedLine, SpanLine
@@ -312,7 +323,7 @@ class AllReduce:
 
     # ---- inputs
 
-    def receive(self, message: ReductionMessage, sender: Rank, now: float) -> None:
+    def receive(self, message: ReductionMessage | LossyMessage, sender: Rank, now: float) -> None:
         """A message of the sender proved by its channel. Raises RemoteProtocolError for nonsense."""
         beat = self._beats[sender]
         beat.heard(now)
@@ -348,6 +359,8 @@ class AllReduce:
                 elif view == self._view and sender in self._live:
                     self._ready[sender] = their_digest
                     self._commit_if_all_ready()
+            case RangesWanted():
+                raise RemoteProtocolError(f"{self._name(sender)} takes a reliable round for a lossy one")
             case _:
                 assert_never(message)
 

@@ -53,6 +53,8 @@ class OpenStreams:
 
     group: Group
     rank: Rank
+    lossy_codec: str = ""
+    """Of a lossy round, whose packets travel beside the streams: the name of their codec."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,8 @@ def reliable_every(loss: float, *, ranges: int, members: int) -> tuple[int, str]
     """
     if loss <= 0:
         every = RELIABLE_EVERY_MIN
-        return every, f"no packet was lost so far, a reliable round costs no more than another: one every {every}"
+        return every, f"no packet was lost so far, a reliable round costs no more than another: one of every {every}"
     run = max(1, math.ceil(math.log(max(2, ranges * members)) / math.log(1 / min(loss, 0.9))))
-    every = min(max(8 * run, RELIABLE_EVERY_MIN), RELIABLE_EVERY_MAX)
-    return every, f"at {loss:.1%} loss a range is missed up to {run} times in a row; a reliable round every {every}"
+    # A power of two: leaders that choose differently still have averagings in common that are reliable everywhere.
+    every = min(max(1 << (8 * run - 1).bit_length(), RELIABLE_EVERY_MIN), RELIABLE_EVERY_MAX)
+    return every, f"at {loss:.1%} loss a range is missed up to {run} times in a row; one of every {every} is reliable"

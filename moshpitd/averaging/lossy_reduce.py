@@ -41,7 +41,7 @@ from moshpitd.averaging.codecs import Codec, Coding
 from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.losses import Deadline, LinkLosses
-from moshpitd.averaging.messages import Chunk, Group, LossyMessage, RangesWanted
+from moshpitd.averaging.messages import Chunk, Group, LossyMessage, RangesWanted, ReductionMessage
 from moshpitd.averaging.names import Rank, digest, short
 from moshpitd.averaging.partition import pieces_of
 from moshpitd.averaging.ranges import (
@@ -55,7 +55,7 @@ from moshpitd.averaging.ranges import (
     non_finite_ranges,
     payload_bytes,
 )
-from moshpitd.averaging.receipt import DroppedLine, SpanLine
+from moshpitd.averaging.receipt import STALE_TOLD_MAX, DroppedLine, LossyLine, LostLine, SpanLine
 from moshpitd.averaging.unbiased import Flags, Form, Heard, estimate
 from moshpitd.averaging.vector import DTYPES, Floats, Vector, first_non_finite
 from moshpitd.averaging.weighted_mean import scaled_weights
@@ -72,6 +72,9 @@ class LossyConfig:
     """A sender said it is through: packets that others overtook may still come for so long."""
     repair_s: float = 2.0
     """Ranges asked for over the reliable streams are waited for so long; where packets are lost those are slow."""
+    left_s: float = 0.25
+    """One that left, or whose connection broke, may have done all it owed us: its last packets, and the word that they
+    were the last, are waited for so long."""
     still_s: float = 5.0
     """Averages that come over the reliable streams are waited for as long as they move: never longer than this without
     any, once our own span is closed."""
@@ -174,6 +177,7 @@ class LossyReduce:
         self.unrepaired = 0
         """... and that were not: nobody has an average of them."""
         self.transports: dict[Rank, str] = {}
+        """Over what reliable chunks travel between each member and us, as its door tells."""
         self._values = values
         self._result = result
         self._codec = codec
@@ -188,6 +192,8 @@ class LossyReduce:
         contributors = [Rank(r) for r in range(n) if self._weights[r] > 0]
         self._live = {Rank(r) for r in range(n)}
         self._dropped: dict[Rank, str] = {}
+        self._leaving: dict[Rank, tuple[float, str]] = {}
+        """Who left, as the door found out: until when what they owe us may come, and why they are dropped then."""
         self._ranges = Ranges(pieces_of(values.layout, group.spans, group.chunk_bytes), codec)
         self._own = [cut for cut in self._ranges.cuts if cut.piece.reducer == rank]
         self._own_first, own_stop = self._ranges.span(rank)
@@ -227,6 +233,7 @@ class LossyReduce:
         self._resent: set[Rank] = set()
         self._jobs: dict[int, Callable[[object], None]] = {}
         self._next_job = 0
+        self._elements_sent = 0
 
         scatter_bytes = sum(stream.size for stream in self._contributions.values())
         gather_bytes = sum(stream.size for stream in self._averages.values())
@@ -236,7 +243,7 @@ class LossyReduce:
         """The others close their spans by `_close_at` too, as far as we can know."""
         self._deadline = min(now + group.budget_s, deadline)
         self._is_out_of_time = False
-        self._emit(OpenStreams(group, rank))
+        self._emit(OpenStreams(group, rank, codec.name))
         self._log(f"reducing, lossy: group of {n}, rank {rank}, {self._ranges.total} packet ranges")
         if part is not Part.GATHER and not contributors:
             self._become_failed("nobody in the group has any weight")
@@ -249,6 +256,30 @@ class LossyReduce:
         self._go_on(now)
 
     # ---- what the owner reads
+
+    @property
+    def result(self) -> Vector | None:
+        """The averages, and our own values where none came, once committed."""
+        return self._result if self.state is State.COMMITTED else None
+
+    @property
+    def codec_name(self) -> str:
+        return self._codec.name
+
+    @property
+    def digest(self) -> bytes:
+        """None: what members hold may differ."""
+        return b""
+
+    @property
+    def bits_per_element(self) -> float:
+        """Of what we sent; 0 while that is nothing."""
+        return 8 * self.bytes_sent / self._elements_sent if self._elements_sent else 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """Not measured."""
+        return 0.0
 
     @property
     def finished(self) -> bool:
@@ -303,6 +334,31 @@ class LossyReduce:
                 lines.append(LinkLoss(rank, sent, lost, is_blocked=False))
         return lines
 
+    @property
+    def by_packets(self) -> list[Rank]:
+        """With whom values travelled as packets."""
+        return [rank for rank in self._others() if rank not in self._blocked]
+
+    def lossy_line(self) -> LossyLine:
+        """For the receipt."""
+        stale = self.stale()
+        told = sorted(sorted(stale, key=lambda run: run[0] - run[1])[:STALE_TOLD_MAX])
+        return LossyLine(
+            estimator=self.form.value,
+            links=tuple(
+                LostLine(self.group.members[line.rank].peer, line.sent, line.lost, line.is_blocked)
+                for line in self.link_losses()
+            ),
+            ranges=self._ranges.total,
+            repaired=self.repaired,
+            unrepaired=self.unrepaired,
+            stale=tuple(told),
+            stale_elements=sum(stop - start for start, stop in stale),
+            deadline_s=self._close_at - self._began,
+            late=self.late,
+            duplicates=self.duplicates,
+        )
+
     def span_lines(self) -> tuple[SpanLine, ...]:
         """By span, who reduced it; of our own, from whom anything came. What others heard only they know."""
         peers = [member.peer for member in self.group.members]
@@ -329,17 +385,18 @@ class LossyReduce:
 
     # ---- inputs
 
-    def receive(self, message: LossyMessage, sender: Rank, now: float) -> None:
+    def receive(self, message: LossyMessage | ReductionMessage, sender: Rank, now: float) -> None:
         """A message of the sender proved by its channel. Raises RemoteProtocolError for nonsense."""
-        assert isinstance(message, RangesWanted)
+        if not isinstance(message, RangesWanted):
+            raise RemoteProtocolError(f"{self._name(sender)} takes a lossy round for a reliable one")
         first, stop = self._ranges.span(sender)
         numbers = message.ranges or tuple(range(first, stop))
         if list(numbers) != sorted(set(numbers)) or not all(first <= number < stop for number in numbers):
             raise RemoteProtocolError(f"{self._name(sender)} wants ranges that are not its own")
         if self.finished or self._part is Part.GATHER or self._weights[self.rank] <= 0:
             return
-        if sender in self._resent and sender in self._blocked:
-            return  # all of it is on its way
+        if sender in self._leaving or (sender in self._resent and sender in self._blocked):
+            return  # nobody waits for it, or all of it is on its way
         if sender in self._resent:
             raise RemoteProtocolError(f"{self._name(sender)} wants ranges a second time")
         self._resent.add(sender)
@@ -411,21 +468,27 @@ class LossyReduce:
             self._go_on(now)
 
     def suspect(self, rank: Rank, why: str, now: float) -> None:
-        """This member does not go on, as the door found out."""
-        if self.finished or rank not in self._live or rank == self.rank:
+        """This member does not go on, as the door found out. It may be through and have left."""
+        if self.finished or rank not in self._live or rank == self.rank or rank in self._leaving:
             return
-        self._live.discard(rank)
-        self._dropped[rank] = why
+        self._leaving[rank] = now + self._config.left_s, why
         self._bursts[rank].clear()
         self._reliable[rank].clear()
         self._in_hand -= {(rank, False), (rank, True)}
+        for stream in self._streams_of(rank):
+            stream.wanted[:] = False
+        self._go_on(now)
+
+    def _drop(self, rank: Rank, why: str, now: float) -> None:
+        """What it owes us will not come."""
+        self._live.discard(rank)
+        self._dropped[rank] = why
         self._log(f"goes on without {self._name(rank)}: {why}")
         if self._live == {self.rank}:
             self._become_failed("everybody else is gone")
             return
         for cut in self._own:
             self._make_if_exact(cut)
-        self._go_on(now)
 
     def handle_timer(self, now: float) -> None:
         if not self.finished:
@@ -442,6 +505,7 @@ class LossyReduce:
         for stream in self._averages.values():
             if not stream.is_over:
                 moments.append(min(self._through_at(stream), self._given_up_at(stream)))
+        moments += [until for rank, (until, _) in self._leaving.items() if self._owes(rank)]
         return min(moments, default=None)
 
     def next_burst(self, rank: Rank) -> Burst | None:
@@ -452,15 +516,17 @@ class LossyReduce:
             self._in_hand.add((rank, True))
             coding = self._codec.average if burst.phase is Phase.AVERAGE else self._codec.contribution
             self.bytes_sent += _coded_bytes(coding, burst.cut)
+            self._elements_sent += burst.cut.piece.stop - burst.cut.piece.start
         return burst
 
     def next_outgoing(self, rank: Rank) -> Outgoing | None:
         """The next ranges for this member over the reliable streams; None until the bell rings."""
         outgoing = self._reliable[rank].popleft() if self._reliable[rank] else None
         self._in_hand.discard((rank, False))
-        if outgoing is not None:
-            self._in_hand.add((rank, False))
-        return outgoing
+        if outgoing is None:
+            return None
+        self._in_hand.add((rank, False))
+        return Outgoing(outgoing.chunk, partial(self._counted, outgoing))
 
     def pulled_dry(self, now: float) -> None:
         """A pull brought nothing: the door is done with what it pulled before, which may have been the last."""
@@ -497,6 +563,11 @@ class LossyReduce:
         if self.finished:
             return
         self._is_out_of_time = is_out_of_time = now >= self._deadline
+        for rank, (until, why) in list(self._leaving.items()):
+            if rank in self._live and now >= until and self._owes(rank):
+                self._drop(rank, why, now)
+                if self.finished:
+                    return
         if not self._is_closed and (is_out_of_time or now >= min(self._close_at, self._scatter_through_at())):
             self._close(now)
         if self._is_closed and (is_out_of_time or now >= self._repair_until):
@@ -514,6 +585,13 @@ class LossyReduce:
         is_sent = not self._in_hand and not any((*self._bursts.values(), *self._reliable.values()))
         if is_done and (is_sent or is_out_of_time):
             self._become_committed()
+
+    def _owes(self, rank: Rank) -> bool:
+        """Whether it has something for us that is waited for."""
+        return rank in self._live and any(
+            stream.lost and not stream.is_over and (stream.ended_at is None or stream.is_reliable)
+            for stream in self._streams_of(rank)
+        )
 
     def _scatter_through_at(self) -> float:
         """When nothing more of our span is to come, as far as its senders said."""
@@ -540,6 +618,8 @@ class LossyReduce:
         heard = {rank: stream for rank, stream in self._contributions.items() if rank in self._live}
         for rank, stream in heard.items():
             stream.is_over = True
+            if rank in self._leaving:
+                continue  # what it has not sent it will not send
             if rank in self._blocked:
                 stream.want(np.ones(stream.total, np.bool_))  # it comes unasked, unless its door has not found out
             if stream.lost == stream.total and stream.total >= BLOCKED_PACKETS:
@@ -549,7 +629,8 @@ class LossyReduce:
                 self._tell(rank, RangesWanted(self.group.group_id, ()))
             elif rank not in self._blocked:
                 self._paths.losses.learn(self.group.members[rank].peer, sent=stream.total, lost=stream.lost)
-        usual = {rank: stream for rank, stream in heard.items() if rank not in self._blocked}
+        gone = self._blocked.union(self._leaving)
+        usual = {rank: stream for rank, stream in heard.items() if rank not in gone}
         if usual and not self._blocked:
             empty = ~np.any([stream.arrived for stream in usual.values()], axis=0)
             if empty.any():
@@ -681,7 +762,7 @@ class LossyReduce:
             return
         first, stop = self._ranges.span(self.rank)
         for rank in self._others():
-            if rank not in self._live:
+            if rank not in self._live or rank in self._leaving:
                 continue
             if self.averages_reliable or rank in self._blocked:
                 self._reliable[rank].extend(_chunks_of(packets))
@@ -718,6 +799,19 @@ class LossyReduce:
             encode = partial(self._encode_joined, cut, start, stop)
             self._reliable[rank].append(Outgoing(Chunk(start, 0, b"", is_average=False), encode))
             start = stop
+
+    def _counted(self, outgoing: Outgoing) -> bytes | memoryview:
+        code = outgoing.encode()
+        cut = self._ranges.cut_of(outgoing.chunk.index)
+        self.bytes_sent += len(code)
+        self._elements_sent += (
+            len(code)
+            * cut.range_elements
+            // payload_bytes(
+                self._codec.average if outgoing.chunk.is_average else self._codec.contribution, cut, cut.first
+            )
+        )
+        return code
 
     def _encode_joined(self, cut: Cut, first: int, stop: int) -> bytes:
         return b"".join(packets.rows.tobytes() for packets in self._encode(cut, first, stop))

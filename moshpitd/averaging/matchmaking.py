@@ -52,6 +52,8 @@ from moshpitd.averaging.messages import (
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
 from moshpitd.averaging.partition import CHUNK_BYTES_MAX, chunk_bytes_of, known_rate, spans_of
+from moshpitd.averaging.ranges import PAYLOAD_BYTES_MAX
+from moshpitd.averaging.transport import EVERYTHING_ARRIVES, LOSSY, Transport, choose_transport
 from moshpitd.averaging.vector import Layout
 
 AGREEMENT_BYTES_MAX = 32
@@ -128,6 +130,7 @@ class Round:
     auto_bytes: int = 0
     """Of the vector, what travels by the codec `auto`; 0: the terms say how everything does."""
     auto_elements: int = 0
+    transport: Transport = EVERYTHING_ARRIVES
 
 
 class State(Enum):
@@ -526,6 +529,7 @@ class Matchmaking:
             or (group.k, group.j, group.axis) != (self.round.k, self.round.j, self.round.axis)
             or not is_sound(group, self.round.layout)
             or group.codec not in (CHOICES if self.round.auto_elements else ("",))
+            or group.transport not in (("", LOSSY) if self.round.transport.may_lose else ("",))
         ):
             raise RemoteProtocolError(f"{short(sender)} began an impossible group")
         leader = self._address_of(sender)
@@ -706,6 +710,8 @@ class Matchmaking:
         self._closed_at = now
         first = applications[0].arrived_at
         auto = self._choose_codec(members) if self.round.auto_elements else None
+        ranges = self.round.wire_bytes // (2 * PAYLOAD_BYTES_MAX) + 1
+        transport = choose_transport(self.round.transport, members, k=self.round.k, ranges=ranges)
         group = Group(
             group_id=GroupId(self._rng.randbytes(16)),
             token=self._rng.randbytes(16),
@@ -723,6 +729,8 @@ class Matchmaking:
             now_k=self._gone_on_k,
             codec=auto.codec if auto else "",
             codec_why=auto.why if auto else "",
+            transport=LOSSY if transport.is_lossy else "",
+            transport_why=transport.why,
         )
         self._closed.append(group)
         self._log(f"closed a group of {len(members)}" + (f", {len(absent)} expected did not come" if absent else ""))

@@ -124,6 +124,20 @@ class Latencies:
 
 
 @dataclass(frozen=True, slots=True)
+class PathReport:
+    """What a member knows of the paths of datagrams to it, from earlier lossy rounds."""
+
+    packets: int = 0
+    """On which the rest rests; 0: it knows nothing."""
+    loss: float = 0.0
+    """On the worst of them: the share that was lost."""
+    round_trip_s: float = 0.0
+    """Of the longest; 0: not known."""
+    blocked: tuple[PeerId, ...] = ()
+    """Between whom and it no datagram passed of late; some of them where they are many."""
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """One member of a line, as it applied."""
 
@@ -145,6 +159,8 @@ class Member:
     """What its steps go by."""
     agreement: bytes = b""
     """What it brings to a stage that its members must agree on, as a hash; empty: nothing."""
+    paths: PathReport = PathReport()
+    """How datagrams reach it; of sessions whose rounds may be lossy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +199,10 @@ class Group:
     """What `auto` is in this group; empty where the terms have none."""
     codec_why: str = ""
     """... in words."""
+    transport: str = ""
+    """lossy: values travel as datagrams that are not sent again; empty: all of them arrive."""
+    transport_why: str = ""
+    """... in words, where there was a choice."""
 
     @property
     def anchor(self) -> bytes:

@@ -33,7 +33,7 @@ class MemberLine:
 
 @dataclass(frozen=True, slots=True)
 class LinkLine:
-    """Over what chunks travelled between another member and us: grpc or tcp."""
+    """Over what values travelled between another member and us: grpc, tcp or udp."""
 
     peer: PeerId
     transport: str
@@ -58,6 +58,46 @@ class DroppedLine:
 
 
 @dataclass(frozen=True, slots=True)
+class LostLine:
+    """What was lost on the way from one member to us."""
+
+    peer: PeerId
+    sent: int
+    """Packets that it had for us."""
+    lost: int
+    blocked: bool
+    """No datagram passed between the two: all travelled over the reliable streams."""
+
+
+STALE_TOLD_MAX = 64
+"""Stretches of a receipt; where there are more, the largest ones are told."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossyLine:
+    """What a lossy round lost, as this peer saw it. Ranges are what one packet holds."""
+
+    estimator: str
+    """How the mean is estimated where not all arrived: difference or horvitz-thompson."""
+    links: tuple[LostLine, ...]
+    ranges: int
+    """Of the whole vector."""
+    repaired: int
+    """Ranges of our span that nobody's packet brought, and that were sent again over the reliable streams."""
+    unrepaired: int
+    """... and that were not: everybody kept its own values of them."""
+    stale: tuple[tuple[int, int], ...]
+    """Elements [start, stop) of which no average came: they kept our own values. At most STALE_TOLD_MAX."""
+    stale_elements: int
+    """All of them."""
+    deadline_s: float
+    """So long after the beginning our span would have been closed, whoever was missing: learnt from earlier rounds."""
+    late: int
+    """Packets that came after that."""
+    duplicates: int
+
+
+@dataclass(frozen=True, slots=True)
 class RoundReceipt:
     """One round (k, j) as this peer saw it."""
 
@@ -74,7 +114,7 @@ class RoundReceipt:
     codec: str
     """As it was in this round."""
     transport: str
-    """Over what chunks travelled: grpc, tcp, or both joined by a plus."""
+    """Over what chunks travelled: grpc, tcp, or both joined by a plus; lossy: packets, not sent again."""
     members: tuple[MemberLine, ...]
     links: tuple[LinkLine, ...]
     spans: tuple[SpanLine, ...]
@@ -95,6 +135,10 @@ class RoundReceipt:
     """Of its contribution as others decode it, by norm, measured on some of the chunks."""
     stage: str = "dense"
     """What was averaged: the values themselves, or what a compressor made of them (sketch, rows)."""
+    transport_why: str = ""
+    """Why lossy or not, where there was a choice."""
+    lossy: LossyLine | None = None
+    """Of a lossy round: what was lost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -32,8 +32,7 @@ from itertools import chain
 from typing import assert_never
 
 from moshpitd.averaging.all_reduce import AllReduce, AllReduceConfig, Outgoing
-from moshpitd.averaging.all_reduce import State as ReductionState
-from moshpitd.averaging.codecs import INTEGERS, VectorCodec, codec_named, rules_of
+from moshpitd.averaging.codecs import INTEGERS, Codec, Rules, VectorCodec, codec_named, rules_of
 from moshpitd.averaging.cohort import CohortConfig, CohortStatus, WaitAvoidance
 from moshpitd.averaging.compressors import (
     Done,
@@ -78,6 +77,7 @@ from moshpitd.averaging.grid import (
     session_key,
 )
 from moshpitd.averaging.link import LinkRates
+from moshpitd.averaging.lossy_reduce import LossyConfig, LossyReduce, Paths
 from moshpitd.averaging.matchmaking import (
     HAILED,
     Candidate,
@@ -110,6 +110,7 @@ from moshpitd.averaging.messages import (
     Latencies,
     Lease,
     Leave,
+    LossyMessage,
     Member,
     Message,
     Outcast,
@@ -140,8 +141,11 @@ from moshpitd.averaging.receipt import (
     Receipt,
     RoundReceipt,
 )
+from moshpitd.averaging.transport import EVERYTHING_ARRIVES, LOSSY, Transport
 from moshpitd.averaging.vector import Layout, TensorSpec, Vector
 
+Reduction = AllReduce | LossyReduce
+"""What a group's values go through."""
 NAME_DEFAULT = "default"
 TIMEOUT_DEFAULT_S = 60.0
 LONELY_WAIT_DEFAULT_S = 1.0
@@ -188,6 +192,8 @@ class SessionOptions:
     """How long an averaging looks for somebody while nobody else is known; then it ends alone."""
     wait_avoidance: WaitAvoidance | None = None
     """How versions run without waiting for anybody; None: averagings are synchronous."""
+    transport: Transport = EVERYTHING_ARRIVES
+    """Whether values must all arrive."""
 
     def check(self) -> None:
         """Raises InvalidInput that names what is wrong."""
@@ -215,10 +221,41 @@ class SessionOptions:
             raise InvalidInput(f"joining {self.joining!r}: must be receive or contribute")
         if not 0 <= self.lonely_wait_s < math.inf:
             raise InvalidInput(f"lonely wait {self.lonely_wait_s}: must be a duration in seconds")
+        self._check_transport(rules, compressor)
         if self.wait_avoidance:
             self.wait_avoidance.check(min_peers=self.min_peers, rounds=self.rounds, compressor=self.compressor)
             if compressor != "dense":
                 raise InvalidInput(f"a wait-avoiding session averages whole models: not with compressor {compressor!r}")
+
+    def _check_transport(self, rules: Rules, compressor: str) -> None:
+        """Raises InvalidInput for what does not go with rounds that lose something."""
+        self.transport.check()
+        if not self.transport.may_lose:
+            return
+        way_out = f"transport {self.transport.name!r}"
+        if self.wait_avoidance:
+            raise InvalidInput(
+                f"{way_out} in a wait-avoiding session: its sums hold all of each model; leave the transport out"
+            )
+        if rules.is_anchored:
+            raise InvalidInput(
+                f"{way_out} with codec {rules.name!r}: differences are coded to an average that all hold alike, and "
+                "after a lossy round they do not; use the codec without +anchored"
+            )
+        if rules.by_tensor:
+            raise InvalidInput(
+                f"{way_out} with codec {rules.name!r}: each packet is decoded alone, by one codec for all tensors"
+            )
+        if "ef21m" in compressor:
+            raise InvalidInput(
+                f"{way_out} with compressor {compressor!r}: ef21m goes on from a mean that all hold alike, and after a "
+                "lossy round they do not; use ef14"
+            )
+        if "ef14" in compressor and rules.name != "float32":
+            raise InvalidInput(
+                f"{way_out} with codec {rules.name!r} and compressor {compressor!r}: ef14 sends again what the codec "
+                "left out, and a lossy round does not know what of it arrived; use codec float32"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +310,7 @@ class SessionConfig:
     """An epoch further above the swarm's is taken for a mistake."""
     matchmaking: MatchmakingConfig = field(default_factory=MatchmakingConfig)
     all_reduce: AllReduceConfig = field(default_factory=AllReduceConfig)
+    lossy: LossyConfig = field(default_factory=LossyConfig)
     cohort: CohortConfig = field(default_factory=CohortConfig)
 
 
@@ -414,7 +452,7 @@ class Averaging:
     """Ours in all rounds of this averaging, whatever is claimed meanwhile."""
     axis: int = 0
     matchmaking: Matchmaking | None = None
-    reduction: AllReduce | None = None
+    reduction: Reduction | None = None
     rounds: list[RoundReceipt] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -448,7 +486,12 @@ class Session:
         """By axis; only where the codec asks for them. One vector each, and one more while a round writes it."""
         averaging = options.wait_avoidance.term if options.wait_avoidance else IN_STEP
         self.terms = Terms(
-            options.layout.digest, options.rounds, options.codec, options.compressor, averaging=averaging
+            options.layout.digest,
+            options.rounds,
+            options.codec,
+            options.compressor,
+            transport=options.transport.term,
+            averaging=averaging,
         )
         self.key = session_key(here.swarm, options.name)
         self.state = State.IDLE
@@ -471,9 +514,11 @@ class Session:
         self._next_k = last_k + 1
         self._current: Averaging | None = None
         self._matchmakings: dict[Key, Matchmaking] = {}
-        self._reductions: dict[GroupId, AllReduce] = {}
+        self._reductions: dict[GroupId, Reduction] = {}
+        self._paths = Paths()
+        """What lossy rounds taught of the paths to us."""
         self._next_job = 0
-        self._early: dict[PeerId, deque[ReductionMessage]] = {}
+        self._early: dict[PeerId, deque[ReductionMessage | LossyMessage]] = {}
         """Of groups we have not heard of yet."""
         self._offsets: deque[float] = deque(maxlen=128)
         self._grace_s: float | None = None
@@ -626,12 +671,10 @@ class Session:
                 self._receive_coming(message, sender, now)
             case Leave() | Kept() | Redirect() | TooShort() | Closed() | Begun() | Bound():
                 self._pass_on(message.key, message, sender, now)
-            case Ready() | Suspect() | View() | Holdings() | Heartbeat():
+            case Ready() | Suspect() | View() | Holdings() | Heartbeat() | RangesWanted():
                 self._receive_in_group(message, sender, now)
             case Ahead(k=k, j=j):
                 self._receive_ahead(k, j, sender)
-            case RangesWanted():
-                return  # of a lossy round
             case PlanWanted(missing=missing):
                 for peer in missing[:HOLES_TOLD_MAX]:  # if it is gone, this finds out; if not, it is answered by a plan
                     self._tell(peer, self._members.address_of(peer), PlanWanted())
@@ -707,7 +750,19 @@ class Session:
     def is_ahead(self, group_id: GroupId, rank: Rank, now: float) -> bool:
         """Whether this member's next chunk had better stay where it is until the bell rings."""
         reduction = self._reductions.get(group_id)
-        return reduction is not None and reduction.is_ahead(rank, now)
+        return isinstance(reduction, AllReduce) and reduction.is_ahead(rank, now)
+
+    def lossy(self, group_id: GroupId) -> LossyReduce | None:
+        """A group's lossy round, for its packets: pulls go to it, and inputs by `feed_lossy`."""
+        reduction = self._reductions.get(group_id)
+        return reduction if isinstance(reduction, LossyReduce) else None
+
+    def feed_lossy(self, group_id: GroupId, put: Callable[[LossyReduce, float], None], now: float) -> None:
+        """What arrived of a group's packets, or became of their paths: `put` calls one of the round's inputs. Raises
+        RemoteProtocolError for nonsense."""
+        if (round_ := self.lossy(group_id)) is not None:
+            put(round_, now)
+            self._step(now)
 
     def handle_timer(self, now: float) -> None:
         for matchmaking in list(self._matchmakings.values()):
@@ -1334,6 +1389,7 @@ class Session:
             self._wire_bytes,
             self._auto_bytes,
             self._auto_elements,
+            self.options.transport,
         )
         matchmaking = Matchmaking(round_, self._config.matchmaking, self._rng)
         self._matchmakings[key] = matchmaking
@@ -1605,24 +1661,39 @@ class Session:
         stage = course.stage
         lossless = INTEGERS if stage.sums else codec_named("float32") if stage.lossless else None
         codec = lossless or self._codec_in(group, stage.values.layout)
+        is_reliable = not group.transport or lossless is not None
         course.result = course.spares.pop() if course.spares else Vector.empty(stage.values.layout)
         is_lossy = stage.fed and codec.name != "float32"
         course.left_out = Vector.zeros(stage.values.layout) if is_lossy else None
         self._kept = Vector.empty(self.options.layout) if self._rules.is_anchored else None
-        current.reduction = AllReduce(
-            group,
-            rank,
-            values=course.values,
-            result=course.result,
-            codec=codec,
-            config=self._config.all_reduce,
-            now=now,
-            deadline=current.rounds_until,
-            operation=stage.operation(course.done),
-            unsent=course.left_out,
-            anchor=self._anchors[group.axis].values if group.anchor else None,
-            kept=self._kept,
-        )
+        if is_reliable:
+            current.reduction = AllReduce(
+                group,
+                rank,
+                values=course.values,
+                result=course.result,
+                codec=codec,
+                config=self._config.all_reduce,
+                now=now,
+                deadline=current.rounds_until,
+                operation=stage.operation(course.done),
+                unsent=course.left_out,
+                anchor=self._anchors[group.axis].values if group.anchor else None,
+                kept=self._kept,
+            )
+        else:
+            assert isinstance(codec, Codec)
+            current.reduction = LossyReduce(
+                group,
+                rank,
+                values=course.values,
+                result=course.result,
+                codec=codec,
+                paths=self._paths,
+                config=self._config.lossy,
+                now=now,
+                deadline=current.rounds_until,
+            )
         self._reductions[group.group_id] = current.reduction
         self._replay_early(current.reduction, now)
         self._look_at_reduction(now)
@@ -1666,7 +1737,7 @@ class Session:
                 reasons.append("plain: the members have different last averages of this axis")
         return "; ".join(reasons)
 
-    def _receive_in_group(self, message: ReductionMessage, sender: PeerId, now: float) -> None:
+    def _receive_in_group(self, message: ReductionMessage | LossyMessage, sender: PeerId, now: float) -> None:
         reduction = self._reductions.get(message.group_id)
         if reduction is None:
             self._keep_early(message, sender)
@@ -1676,7 +1747,7 @@ class Session:
             raise RemoteProtocolError(f"{short(sender)} is not in the group it speaks to")
         reduction.receive(message, rank, now)
 
-    def _replay_early(self, reduction: AllReduce, now: float) -> None:
+    def _replay_early(self, reduction: Reduction, now: float) -> None:
         early, self._early = self._early, {}
         for number, member in enumerate(reduction.group.members):
             for message in early.get(member.peer, ()):
@@ -1686,7 +1757,7 @@ class Session:
                     except RemoteProtocolError as wrong:  # not the fault of who told us of the group
                         reduction.suspect(Rank(number), str(wrong), now)
 
-    def _keep_early(self, message: ReductionMessage, sender: PeerId) -> None:
+    def _keep_early(self, message: ReductionMessage | LossyMessage, sender: PeerId) -> None:
         if self.state is not State.MATCHING:
             return  # no group that we do not know yet can have us in it
         if isinstance(message, Heartbeat) or (isinstance(message, Holdings) and len(message.views) > EARLY_VIEWS_MAX):
@@ -1711,10 +1782,11 @@ class Session:
         course = current.course
         assert course is not None
         assert course.result is not None
-        if reduction.state is ReductionState.COMMITTED:
+        if reduction.result is not None:
             group = reduction.group
-            up, down = reduction.link_measures(now)
-            self._link.learn(up=up, down=down)
+            if isinstance(reduction, AllReduce):
+                up, down = reduction.link_measures(now)
+                self._link.learn(up=up, down=down)
             weights = [member.weight for member in group.members]
             coordinates = [member.coordinate for member in group.members]
             if course.left_out is not None:
@@ -1890,11 +1962,15 @@ class Session:
     def _count(self, outcome: str) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
 
-    def _receipt_of(self, reduction: AllReduce, weight_after: float, now: float) -> RoundReceipt:
+    def _receipt_of(self, reduction: Reduction, weight_after: float, now: float) -> RoundReceipt:
         current = self._current
         assert current is not None
         group = reduction.group
-        committed = reduction.state is ReductionState.COMMITTED
+        committed = reduction.result is not None
+        lossy = reduction.lossy_line() if isinstance(reduction, LossyReduce) else None
+        links = dict(reduction.transports)
+        if isinstance(reduction, LossyReduce):
+            links |= dict.fromkeys(reduction.by_packets, "udp")
         dropped = [DroppedLine(absent.peer, absent.why) for absent in group.absent]
         dropped += reduction.dropped_lines()
         whole = reduction.is_complete and not group.absent
@@ -1910,11 +1986,9 @@ class Session:
             leader=group.leader,
             rank=reduction.rank,
             codec=reduction.codec_name,
-            transport="+".join(sorted(set(reduction.transports.values()))),
+            transport=LOSSY if lossy else "+".join(sorted(set(links.values()))),
             members=tuple(MemberLine(m.peer, m.weight, m.coordinate) for m in group.members),
-            links=tuple(
-                LinkLine(group.members[other].peer, name) for other, name in sorted(reduction.transports.items())
-            ),
+            links=tuple(LinkLine(group.members[other].peer, name) for other, name in sorted(links.items())),
             spans=reduction.span_lines() if committed else (),
             dropped=tuple(dropped),
             why=why,
@@ -1927,7 +2001,15 @@ class Session:
             bits_per_element=reduction.bits_per_element,
             relative_error=reduction.relative_error,
             stage=current.course.stage.name if current.course else "dense",
+            transport_why=self._transport_why(group, lossy is not None, current.course),
+            lossy=lossy,
         )
+
+    def _transport_why(self, group: Group, is_lossy: bool, course: Course | None) -> str:
+        """What a person should know of why values were lost in this group, or were not."""
+        if group.transport and not is_lossy and course:
+            return f"reliable: the {course.stage.name} must arrive whole"
+        return group.transport_why
 
     def _receipt_alone(
         self, matchmaking: Matchmaking, why: str, now: float, group: Group | None = None

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -43,6 +43,7 @@ from moshpitd.averaging.effects import Compute, Effect, Failed, Finished, Log, O
 from moshpitd.averaging.errors import InvalidInput, Precondition, RemoteProtocolError, SessionError, Unavailable
 from moshpitd.averaging.grid import format_sides
 from moshpitd.averaging.link import LinkRates
+from moshpitd.averaging.lossy_reduce import LossyReduce
 from moshpitd.averaging.membership import Credentials
 from moshpitd.averaging.merge import PIECE_BYTES, merge_jobs
 from moshpitd.averaging.messages import (
@@ -388,6 +389,13 @@ class WaitAvoiding:
         """Whether this member's next chunk had better stay where it is until the bell rings."""
         reduction = self._reductions.get(group_id)
         return reduction.is_ahead(rank, now) if reduction else self._barrier.is_ahead(group_id, rank, now)
+
+    def lossy(self, group_id: GroupId) -> LossyReduce | None:
+        """None: neither versions nor barriers lose anything."""
+        return None
+
+    def feed_lossy(self, group_id: GroupId, put: Callable[[LossyReduce, float], None], now: float) -> None:
+        """Of no round of ours."""
 
     def handle_timer(self, now: float) -> None:
         if (due := self._barrier.next_deadline()) is not None and due <= now:

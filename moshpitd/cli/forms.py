@@ -60,6 +60,7 @@ def status(message: pb.GetStatusResponse) -> Json:
                 "averagings": dict(session.averagings),
                 "codec": session.codec,
                 "compressor": session.compressor,
+                "transport": session.transport,
                 "trainers": [
                     {
                         "session_id": trainer.session_id,
@@ -181,6 +182,8 @@ def _round(message: pb.Round) -> Json:
         "relative_error": message.relative_error,
         "stage": message.stage,
         "transport": message.transport,
+        "transport_why": message.transport_why,
+        "lossy": _lossy(message.lossy) if message.HasField("lossy") else None,
         "members": [
             {"peer": member.peer, "weight": member.weight, "coordinate": member.coordinate}
             for member in message.members
@@ -199,6 +202,23 @@ def _round(message: pb.Round) -> Json:
         "weight_after": message.weight_after,
         "seconds": _seconds(message.seconds),
         "bytes": _traffic(message.bytes),
+    }
+
+
+def _lossy(message: pb.Lossy) -> Json:
+    return {
+        "estimator": message.estimator,
+        "links": [
+            {"peer": link.peer, "sent": link.sent, "lost": link.lost, "blocked": link.blocked} for link in message.links
+        ],
+        "ranges": message.ranges,
+        "repaired": message.repaired,
+        "unrepaired": message.unrepaired,
+        "stale": [[stretch.start, stretch.stop] for stretch in message.stale],
+        "stale_elements": message.stale_elements,
+        "deadline_s": message.deadline_s,
+        "late": message.late,
+        "duplicates": message.duplicates,
     }
 
 

@@ -52,6 +52,9 @@ class Wish:
     epoch: int | None
     min_peers: int
     codec: str
+    transport: str
+    reliable_every: int
+    """0 = auto."""
     name: str
     joining: str
     allow_alone: bool
@@ -121,6 +124,8 @@ def _opening(wish: Wish, layout: Layout) -> pb.OpenSessionRequest:
         ],
         rounds=wish.rounds,
         codec=wish.codec,
+        transport=wish.transport,
+        reliable_every=wish.reliable_every,
         min_peers=wish.min_peers,
         joining=JOINING[wish.joining],
         lonely_wait_seconds=min(lonely_s, LONELY_WAIT_ALLOWED_ALONE_S) if wish.allow_alone else lonely_s,

@@ -78,6 +78,14 @@ def _rounds(ctx: click.Context, param: click.Parameter, text: str) -> int:
     return int(text)
 
 
+def _every(ctx: click.Context, param: click.Parameter, text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or not 1 <= int(text) <= 1 << 20:
+        raise click.BadParameter(f"{text!r} is neither auto nor a number from 1 to {1 << 20}")
+    return int(text)
+
+
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -261,6 +269,22 @@ def run(**flags: str | tuple[str, ...] | None) -> None:
     "tensor its own, as in '*.bias=float32,size<4096=float32,*=flash8'.",
 )
 @click.option("--compressor", callback=_compressor, expose_value=False, default="dense", hidden=True)
+@click.option(
+    "--transport",
+    type=click.Choice(["reliable", "lossy", "auto"]),
+    default="reliable",
+    show_default=True,
+    help="lossy: packets that are lost are not sent again, the mean is estimated from the others; auto: where that "
+    "is faster. All peers alike.",
+)
+@click.option(
+    "--reliable-every",
+    metavar="R|auto",
+    callback=_every,
+    default="auto",
+    show_default=True,
+    help="With lossy and auto: each R-th averaging loses nothing.",
+)
 @click.option("--name", metavar="SESSION", default="default", show_default=True, help="Other names never meet.")
 @click.option("--joining", type=click.Choice(["receive", "contribute"]), default="contribute", show_default=True)
 @click.option("--allow-alone", is_flag=True, help="Nobody else is no failure: OUT gets IN's values.")
@@ -276,6 +300,8 @@ def average(
     epoch: int | None,
     min_peers: int,
     codec: str,
+    transport: str,
+    reliable_every: int,
     name: str,
     joining: str,
     allow_alone: bool,
@@ -294,6 +320,8 @@ def average(
         epoch=epoch,
         min_peers=min_peers,
         codec=codec,
+        transport=transport,
+        reliable_every=reliable_every,
         name=name,
         joining=joining,
         allow_alone=allow_alone,

@@ -15,7 +15,7 @@ from moshpitd.averaging.cohort import CohortStatus, WaitAvoidance
 from moshpitd.averaging.compressors.stages import FEEDBACK_NAME_BYTES_MAX
 from moshpitd.averaging.compute_budget import LEARN_DEFAULT, WARM_UP_DEFAULT, BudgetOptions
 from moshpitd.averaging.errors import InvalidInput
-from moshpitd.averaging.receipt import BudgetLine, Outcome, Receipt, RoundReceipt, VersionReceipt
+from moshpitd.averaging.receipt import BudgetLine, LossyLine, Outcome, Receipt, RoundReceipt, VersionReceipt
 from moshpitd.averaging.session import (
     LONELY_WAIT_DEFAULT_S,
     NAME_DEFAULT,
@@ -23,6 +23,7 @@ from moshpitd.averaging.session import (
     Call,
     SessionOptions,
 )
+from moshpitd.averaging.transport import RELIABLE, Transport
 from moshpitd.averaging.vector import Layout, TensorSpec
 from moshpitd.driver import PeerLine
 from moshpitd.households import HouseholdLine, TrainerLine
@@ -157,6 +158,7 @@ def session_options(request: pb.OpenSessionRequest) -> SessionOptions:
         joining=_JOININGS[request.joining],
         lonely_wait_s=request.lonely_wait_seconds or LONELY_WAIT_DEFAULT_S,
         wait_avoidance=_wait_avoidance(request),
+        transport=Transport(request.transport or RELIABLE, request.reliable_every),
     )
     options.check()
     return options
@@ -327,6 +329,27 @@ def _round_message(round_: RoundReceipt) -> pb.Round:
         codec_why=round_.codec_why,
         bits_per_element=round_.bits_per_element,
         relative_error=round_.relative_error,
+        transport_why=round_.transport_why,
+        lossy=_lossy_message(round_.lossy),
+    )
+
+
+def _lossy_message(line: LossyLine | None) -> pb.Lossy | None:
+    if line is None:
+        return None
+    return pb.Lossy(
+        estimator=line.estimator,
+        links=[
+            pb.LostOnLink(peer=each.peer, sent=each.sent, lost=each.lost, blocked=each.blocked) for each in line.links
+        ],
+        ranges=line.ranges,
+        repaired=line.repaired,
+        unrepaired=line.unrepaired,
+        stale=[pb.Stretch(start=start, stop=stop) for start, stop in line.stale],
+        stale_elements=line.stale_elements,
+        deadline_s=line.deadline_s,
+        late=line.late,
+        duplicates=line.duplicates,
     )
 
 
@@ -385,6 +408,7 @@ def _session_message(line: HouseholdLine, hops: Mapping[str, LocalHop]) -> pb.Se
         compressor=line.options.compressor,
         trainers=[_trainer_message(trainer, hops.get(trainer.session_id, _NO_HOP)) for trainer in line.trainers],
         cohort=_cohort_message(line.status.cohort),
+        transport=line.options.transport.term,
     )
 
 

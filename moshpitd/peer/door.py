@@ -34,6 +34,7 @@ from moshpitd.peer.conversation import Conversation, Frame, Introduction, answer
 from moshpitd.peer.links import frames_of
 from moshpitd.peer.tcp import TcpPath
 from moshpitd.peer.transfers import ChunkInbox, Transfers
+from moshpitd.peer.udp import UdpPath
 from moshpitd.peer.v1 import peer_pb2
 
 log = logging.getLogger("moshpitd.peer")
@@ -71,6 +72,7 @@ class PeerDoor:
         self._channels = channels.Channels(config)
         self._tcp = tcp
         self._transfers = Transfers(introduction, config, self._channels, _TRANSFER, tcp)
+        self._udp: UdpPath | None = None
         self._conversations: dict[PeerId, list[Conversation]] = {}
         self._dialling: dict[PeerId, list[tuple[Key, Message]]] = {}
         self._greetings = 0
@@ -111,9 +113,10 @@ class PeerDoor:
         """Where the plain TCP path for chunks listens; 0: it is not offered."""
         return self._tcp.port if self._tcp is not None else 0
 
-    async def serve(self, inbox: Inbox) -> None:
-        """Begin to answer; what arrives goes to the inbox."""
+    async def serve(self, inbox: Inbox, udp: UdpPath | None = None) -> None:
+        """Begin to answer; what arrives goes to the inbox. `udp`: the way of lossy rounds' packets, its owner's."""
         self._inbox = inbox
+        self._udp = udp
         self._transfers.serve(inbox)
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -138,17 +141,24 @@ class PeerDoor:
 
     # ---- chunks
 
-    def open_streams(self, session: Key, group: Group, rank: Rank) -> None:
-        """Connect with every member we exchange chunks with."""
+    def open_streams(self, session: Key, group: Group, rank: Rank, lossy_codec: str = "") -> None:
+        """Connect with every member we exchange chunks with, and for packets of this codec where it is said."""
         self._transfers.open_streams(session, group, rank)
+        if lossy_codec:
+            assert self._udp is not None
+            self._udp.open_group(session, group, rank, lossy_codec)
 
     def close_streams(self, group_id: GroupId) -> None:
         """The group is done: transfers end once what is on its way has been written."""
         self._transfers.close_streams(group_id)
+        if self._udp is not None:
+            self._udp.close_group(group_id)
 
     def ring(self, group_id: GroupId, rank: Rank) -> None:
         """A pull for this member would succeed."""
         self._transfers.ring(group_id, rank)
+        if self._udp is not None:
+            self._udp.ring(group_id, rank)
 
     def read_on(self, group_id: GroupId, rank: Rank) -> None:
         """This member is no longer ahead."""

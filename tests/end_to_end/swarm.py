@@ -115,14 +115,16 @@ class Process:
 class Peer(Process):
     """A daemon."""
 
-    def __init__(self, home: Path, *flags: str, swarm: str, join: Sequence[str]) -> None:
+    def __init__(
+        self, home: Path, *flags: str, swarm: str, join: Sequence[str], launcher: Sequence[str] = ("moshpitd",)
+    ) -> None:
         self.home = home
         self.socket = home / "s" / "s"
         self.data = home / "d"
         places = ["--socket", str(self.socket), "--data-dir", str(self.data), "--http", "off"]
         joins = [word for address in join for word in ("--join", address)]
         super().__init__(
-            "moshpitd", "run", "--swarm", swarm, "--listen", "127.0.0.1:0", "--preset", "loopback", *places, *joins,
+            *launcher, "run", "--swarm", swarm, "--listen", "127.0.0.1:0", "--preset", "loopback", *places, *joins,
             *flags,
         )  # fmt: skip
 
@@ -174,8 +176,10 @@ def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
 class Swarm:
     """Daemons that belong together. Leaving it kills them all, its trainers before."""
 
-    def __init__(self, *flags: str, name: str = "test") -> None:
+    def __init__(self, *flags: str, name: str = "test", launcher: Sequence[str] = ("moshpitd",)) -> None:
+        """`launcher`: the module that is run in the place of moshpitd, and its arguments."""
         self.peers: list[Peer] = []
+        self._launcher = launcher
         self._flags = flags
         self._name = name
         self._stack = contextlib.ExitStack()
@@ -207,6 +211,7 @@ class Swarm:
                 *flags,
                 swarm=swarm or self._name,
                 join=[through.address] if through else [],
+                launcher=self._launcher,
             )
             self.peers.append(peer)
             started.append(peer)

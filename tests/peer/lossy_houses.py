@@ -29,10 +29,16 @@ SESSION = Key(bytes(20))
 SO_ATTACH_FILTER = 26
 
 
-def lose_incoming(fileno: int, share: float) -> None:
-    """From now on the kernel drops this share of the datagrams that arrive at this socket, each by its own dice."""
+def lose_incoming(fileno: int, share: float, *, first_byte: int | None = None) -> None:
+    """From now on the kernel drops this share of the datagrams that arrive at this socket, each by its own dice; only
+    of those that begin with this byte, if it is given."""
     random_word = 0xFFFFF000 + 56  # SKF_AD_OFF + SKF_AD_RANDOM
+    others_pass = [
+        (0x30, 0, 0, 8),  # A = the byte after UDP's header
+        (0x15, 0, 3, first_byte or 0),  # if A == first_byte, else keep
+    ]
     program = [
+        *(others_pass if first_byte is not None else []),
         (0x20, 0, 0, random_word),  # A = random
         (0x25, 0, 1, int((1 - share) * 0xFFFFFFFF)),  # if A > limit
         (0x06, 0, 0, 0),  # drop

@@ -74,6 +74,8 @@ class Daemon:
         group_size: int | None = None,
         barrier_every: int | None = None,
         lockstep: bool = False,
+        transport: Literal["reliable", "lossy", "auto"] = "reliable",
+        reliable_every: Literal["auto"] | int = "auto",
     ) -> Session:
         """Open a session for these tensors: numpy arrays, or anything with `__dlpack__` on the CPU.
 
@@ -98,6 +100,12 @@ class Daemon:
         barrier_every: wait-avoiding: tau, every so many versions all wait for all. `min_peers` is what the first such
             barrier needs; later ones take whoever is alive.
         lockstep: wait-avoiding: a late trainer makes every step that the others make, instead of skipping some.
+        transport: whether values must arrive between peers. "lossy": packets that are lost are not sent again, so that
+            lossy paths do not slow rounds down; the mean is estimated without a lean from what arrives, and who misses
+            a part of it keeps its own values of it until next time. "auto": lossy where the paths lose so much that
+            everything else would be slow. Alike in all trainers.
+        reliable_every: lossy and auto: each so many averagings one loses nothing, after which all hold the same;
+            "auto" chooses by the loss, and the receipt says why.
 
         Raises InvalidInput, naming the tensor, for what cannot be averaged.
         """
@@ -107,6 +115,8 @@ class Daemon:
             raise InvalidInput(f"joining={joining!r}: give 'receive' or 'contribute'")
         if averaging not in _AVERAGINGS:
             raise InvalidInput(f"averaging={averaging!r}: give 'in_step' or 'wait_avoiding'")
+        if transport not in ("reliable", "lossy", "auto"):
+            raise InvalidInput(f"transport={transport!r}: give 'reliable', 'lossy' or 'auto'")
         if averaging == "wait_avoiding" and (group_size is None or barrier_every is None):
             missing = "group_size" if group_size is None else "barrier_every"
             raise InvalidInput(
@@ -126,6 +136,8 @@ class Daemon:
             group_size=0 if group_size is None else _count("group_size", group_size),
             barrier_every=0 if barrier_every is None else _count("barrier_every", barrier_every),
             lockstep=lockstep,
+            transport=transport,
+            reliable_every=0 if reliable_every == "auto" else _count("reliable_every", reliable_every),
         )
         first_peers = 1 if initial_peers is None else _count("initial_peers", initial_peers)
         # Immutable tensors are not kept: those of `average_values` come with each call.

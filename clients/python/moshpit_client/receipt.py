@@ -48,7 +48,7 @@ class Link(Record):
 
     peer: str
     transport: str
-    """grpc or tcp"""
+    """grpc, tcp or udp"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,42 @@ class Dropped(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class LostOnLink(Record):
+    """What was lost on the way from another member to this peer."""
+
+    peer: str
+    sent: int
+    """Packets that it had for this peer."""
+    lost: int
+    blocked: bool
+    """No datagram passed between the two: all travelled over the reliable streams."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lossy(Record):
+    """What a lossy round lost, as this peer saw it. Ranges are what one packet holds."""
+
+    estimator: str
+    """difference or horvitz-thompson"""
+    links: tuple[LostOnLink, ...]
+    ranges: int
+    """Of the whole vector."""
+    repaired: int
+    """Ranges of this peer's span that nobody's packet brought, and that were sent again over the reliable streams."""
+    unrepaired: int
+    """... and that were not: everybody kept its own values of them."""
+    stale: tuple[tuple[int, int], ...]
+    """Elements [start, stop) of which no average came: they kept this peer's own values. The largest 64."""
+    stale_elements: int
+    """Of all such stretches."""
+    deadline_s: float
+    """So long after the beginning this peer's span would have been closed, whoever was missing."""
+    late: int
+    """Packets that came after that."""
+    duplicates: int
+
+
+@dataclass(frozen=True, slots=True)
 class Round(Record):
     """One round of an averaging."""
 
@@ -87,7 +123,7 @@ class Round(Record):
     stage: str
     """What was averaged: dense, the values themselves, or what a compressor made of them: sketch, rows"""
     transport: str
-    """grpc, tcp, or both joined by a plus"""
+    """grpc, tcp, or both joined by a plus; lossy: packets that are not sent again"""
     members: tuple[Member, ...]
     links: tuple[Link, ...]
     spans: tuple[Span, ...]
@@ -104,6 +140,10 @@ class Round(Record):
     """Of what this peer sent; 0 when it sent nothing."""
     relative_error: float
     """Of this peer's contribution as others decode it, by norm; measured on some of the chunks."""
+    transport_why: str = ""
+    """Why lossy or not, where there was a choice."""
+    lossy: Lossy | None = None
+    """Of a lossy round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +299,23 @@ def _round(message: pb.Round) -> Round:
         codec_why=message.codec_why,
         bits_per_element=message.bits_per_element,
         relative_error=message.relative_error,
+        transport_why=message.transport_why,
+        lossy=_lossy(message.lossy) if message.HasField("lossy") else None,
+    )
+
+
+def _lossy(message: pb.Lossy) -> Lossy:
+    return Lossy(
+        estimator=message.estimator,
+        links=tuple(LostOnLink(link.peer, link.sent, link.lost, link.blocked) for link in message.links),
+        ranges=message.ranges,
+        repaired=message.repaired,
+        unrepaired=message.unrepaired,
+        stale=tuple((stretch.start, stretch.stop) for stretch in message.stale),
+        stale_elements=message.stale_elements,
+        deadline_s=message.deadline_s,
+        late=message.late,
+        duplicates=message.duplicates,
     )
 
 

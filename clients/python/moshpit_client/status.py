@@ -61,6 +61,8 @@ class SessionStatus(Record):
     averagings: dict[str, int]
     """Ended ones by outcome."""
     codec: str
+    transport: str
+    """reliable, lossy or auto: whether values must arrive; and how often it averages reliably where that was said"""
     trainers: tuple[TrainerStatus, ...]
     budget: BudgetState | None = None
     """Of a session with a compute budget."""
@@ -159,6 +161,7 @@ def _session(message: pb.SessionStatus) -> SessionStatus:
         vector_bytes=message.vector_bytes,
         averagings=dict(message.averagings),
         codec=message.codec,
+        transport=message.transport,
         trainers=tuple(map(_trainer, message.trainers)),
         budget=read_budget(message.budget) if message.HasField("budget") else None,
         cohort=_cohort(message.cohort) if message.HasField("cohort") else None,

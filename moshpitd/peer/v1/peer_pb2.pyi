@@ -450,6 +450,7 @@ class Member(_message.Message):
     ANCHOR_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
     AGREEMENT_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     """Its id."""
     incarnation: _builtins.int
@@ -480,6 +481,10 @@ class Member(_message.Message):
     def budget(self) -> Global___Budget:
         """What its steps go by."""
 
+    @_builtins.property
+    def paths(self) -> Global___PathReport:
+        """How datagrams reach it; of sessions whose rounds may be lossy."""
+
     def __init__(
         self,
         *,
@@ -495,14 +500,53 @@ class Member(_message.Message):
         anchor: _builtins.bytes = ...,
         budget: Global___Budget | None = ...,
         agreement: _builtins.bytes = ...,
+        paths: Global___PathReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "paths", b"paths"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agreement", b"agreement", "anchor", b"anchor", "budget", b"budget", "bulk_port", b"bulk_port", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "peer", b"peer", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agreement", b"agreement", "anchor", b"anchor", "budget", b"budget", "bulk_port", b"bulk_port", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "paths", b"paths", "peer", b"peer", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Member: _TypeAlias = Member  # noqa: Y015
+
+@_typing.final
+class PathReport(_message.Message):
+    """What a member knows of the paths of datagrams to it, from earlier lossy rounds. The leader chooses by it whether a round is
+    lossy.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PACKETS_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_S_FIELD_NUMBER: _builtins.int
+    BLOCKED_FIELD_NUMBER: _builtins.int
+    packets: _builtins.int
+    """On which the rest rests; 0: it knows nothing."""
+    loss: _builtins.float
+    """On the worst of them: the share that was lost."""
+    round_trip_s: _builtins.float
+    """Of the longest, in seconds; 0: not known."""
+    @_builtins.property
+    def blocked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of those between whom and it no datagram passed of late; some of them where they are many."""
+
+    def __init__(
+        self,
+        *,
+        packets: _builtins.int = ...,
+        loss: _builtins.float = ...,
+        round_trip_s: _builtins.float = ...,
+        blocked: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocked", b"blocked", "loss", b"loss", "packets", b"packets", "round_trip_s", b"round_trip_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PathReport: _TypeAlias = PathReport  # noqa: Y015
 
 @_typing.final
 class Budget(_message.Message):
@@ -916,6 +960,8 @@ class Group(_message.Message):
     NOW_K_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     CODEC_WHY_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    TRANSPORT_WHY_FIELD_NUMBER: _builtins.int
     group_id: _builtins.bytes
     """16 random bytes."""
     token: _builtins.bytes
@@ -940,6 +986,10 @@ class Group(_message.Message):
     """What the codec `auto` is in this group; empty where the terms have none."""
     codec_why: _builtins.str
     """Why, in words."""
+    transport: _builtins.str
+    """"lossy": values travel as datagrams that are not sent again. Empty: all of them arrive."""
+    transport_why: _builtins.str
+    """Why, in words, where there was a choice."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """By rank: sorted by coordinate, then id."""
@@ -975,10 +1025,12 @@ class Group(_message.Message):
         now_k: _builtins.int = ...,
         codec: _builtins.str = ...,
         codec_why: _builtins.str = ...,
+        transport: _builtins.str = ...,
+        transport_why: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "arrival_offsets_s", b"arrival_offsets_s", "axis", b"axis", "budget_s", b"budget_s", "chunk_bytes", b"chunk_bytes", "codec", b"codec", "codec_why", b"codec_why", "group_id", b"group_id", "j", b"j", "k", b"k", "key", b"key", "leader", b"leader", "members", b"members", "now_k", b"now_k", "spans", b"spans", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "arrival_offsets_s", b"arrival_offsets_s", "axis", b"axis", "budget_s", b"budget_s", "chunk_bytes", b"chunk_bytes", "codec", b"codec", "codec_why", b"codec_why", "group_id", b"group_id", "j", b"j", "k", b"k", "key", b"key", "leader", b"leader", "members", b"members", "now_k", b"now_k", "spans", b"spans", "token", b"token", "transport", b"transport", "transport_why", b"transport_why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1502,7 +1554,9 @@ class Terms(_message.Message):
     normalise: _builtins.str
     """How weights are applied."""
     transport: _builtins.str
-    """Reliable or lossy."""
+    """"reliable", "lossy" or "auto"; with how often a lossy session averages reliably where that was said: "lossy, every 16
+    reliable".
+    """
     protocol: _builtins.int
     """Version of the protocol."""
     averaging: _builtins.str

@@ -259,6 +259,8 @@ class OpenSessionRequest(_message.Message):
     BARRIER_EVERY_FIELD_NUMBER: _builtins.int
     LOCKSTEP_FIELD_NUMBER: _builtins.int
     COMPRESSOR_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    RELIABLE_EVERY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The session's name: sessions of one swarm with different names are separate averagings. Empty means "default"."""
     rounds: _builtins.int
@@ -295,6 +297,13 @@ class OpenSessionRequest(_message.Message):
     next time), or the largest rows: "arc:RATIO,RANK,FEEDBACK,ETA,WARMUP", of which the last may be left out, as in
     "arc:0.2,4,ef21m,0.1,1000". FEEDBACK is "ef21m", for the same peers with the same weights each time, or "ef14".
     """
+    transport: _builtins.str
+    """Whether values must arrive: "reliable" (default: all of them do), "lossy" (packets that are lost are not sent again; the
+    mean is estimated from those that arrive, without a lean), or "auto" (lossy where the paths lose so much that everything
+    else would be slow). All peers alike.
+    """
+    reliable_every: _builtins.int
+    """Lossy and auto: every so many averagings is one that loses nothing, after which all hold the same. 0: chosen by the loss."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """The tensors, in any order. Vectors travel packed in canonical order: float64 tensors first, then float32, float16,
@@ -317,10 +326,12 @@ class OpenSessionRequest(_message.Message):
         barrier_every: _builtins.int = ...,
         lockstep: _builtins.bool = ...,
         compressor: _builtins.str = ...,
+        transport: _builtins.str = ...,
+        reliable_every: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["averaging", b"averaging", "barrier_every", b"barrier_every", "codec", b"codec", "compressor", b"compressor", "group_size", b"group_size", "joining", b"joining", "lockstep", b"lockstep", "lonely_wait_seconds", b"lonely_wait_seconds", "min_peers", b"min_peers", "name", b"name", "rounds", b"rounds", "shared_memory", b"shared_memory", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averaging", b"averaging", "barrier_every", b"barrier_every", "codec", b"codec", "compressor", b"compressor", "group_size", b"group_size", "joining", b"joining", "lockstep", b"lockstep", "lonely_wait_seconds", b"lonely_wait_seconds", "min_peers", b"min_peers", "name", b"name", "reliable_every", b"reliable_every", "rounds", b"rounds", "shared_memory", b"shared_memory", "tensors", b"tensors", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1279,6 +1290,8 @@ class Round(_message.Message):
     BITS_PER_ELEMENT_FIELD_NUMBER: _builtins.int
     RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
+    TRANSPORT_WHY_FIELD_NUMBER: _builtins.int
+    LOSSY_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Its number within the averaging, from 0."""
     axis: _builtins.int
@@ -1296,7 +1309,7 @@ class Round(_message.Message):
     codec: _builtins.str
     """How values travelled; where the session's codec is `auto`, what it was in this round."""
     transport: _builtins.str
-    """By which ways: "grpc", "tcp", or both joined by a plus."""
+    """By which ways: "grpc", "tcp", or both joined by a plus; "lossy": packets that are not sent again."""
     why: _builtins.str
     """Why the round was not complete, in words."""
     weight_after: _builtins.float
@@ -1313,6 +1326,8 @@ class Round(_message.Message):
     """What was averaged: "dense", the values themselves; "sketch" and "rows" where a compressor chose: `start` and `stop` of
     spans then count elements of what was sent. A sketch is added up, not averaged.
     """
+    transport_why: _builtins.str
+    """Why lossy or not, where there was a choice."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """The group's members by rank."""
@@ -1336,6 +1351,10 @@ class Round(_message.Message):
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
         """Over what chunks travelled between each other member and this peer."""
+
+    @_builtins.property
+    def lossy(self) -> Global___Lossy:
+        """Of a lossy round."""
 
     def __init__(
         self,
@@ -1361,18 +1380,142 @@ class Round(_message.Message):
         bits_per_element: _builtins.float = ...,
         relative_error: _builtins.float = ...,
         stage: _builtins.str = ...,
+        transport_why: _builtins.str = ...,
+        lossy: Global___Lossy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "seconds", b"seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "lossy", b"lossy", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "bits_per_element", b"bits_per_element", "bytes", b"bytes", "codec", b"codec", "codec_why", b"codec_why", "digest", b"digest", "dropped", b"dropped", "group_id", b"group_id", "leader", b"leader", "links", b"links", "members", b"members", "outcome", b"outcome", "rank", b"rank", "relative_error", b"relative_error", "round", b"round", "seconds", b"seconds", "spans", b"spans", "stage", b"stage", "transport", b"transport", "weight_after", b"weight_after", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "bits_per_element", b"bits_per_element", "bytes", b"bytes", "codec", b"codec", "codec_why", b"codec_why", "digest", b"digest", "dropped", b"dropped", "group_id", b"group_id", "leader", b"leader", "links", b"links", "lossy", b"lossy", "members", b"members", "outcome", b"outcome", "rank", b"rank", "relative_error", b"relative_error", "round", b"round", "seconds", b"seconds", "spans", b"spans", "stage", b"stage", "transport", b"transport", "transport_why", b"transport_why", "weight_after", b"weight_after", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Round: _TypeAlias = Round  # noqa: Y015
 
 @_typing.final
+class Lossy(_message.Message):
+    """What a lossy round lost, as this peer saw it. Ranges are what one packet holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ESTIMATOR_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    REPAIRED_FIELD_NUMBER: _builtins.int
+    UNREPAIRED_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
+    STALE_ELEMENTS_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    DUPLICATES_FIELD_NUMBER: _builtins.int
+    estimator: _builtins.str
+    """How the mean is estimated where not all arrived: "difference" or "horvitz-thompson"."""
+    ranges: _builtins.int
+    """Ranges of the whole vector."""
+    repaired: _builtins.int
+    """Ranges of this peer's span that nobody's packet brought, and that were sent again over the reliable streams."""
+    unrepaired: _builtins.int
+    """... and that were not: everybody kept its own values of them."""
+    stale_elements: _builtins.int
+    """Elements of all such stretches."""
+    deadline_s: _builtins.float
+    """So long after the beginning this peer's span would have been closed, whoever was missing; learnt from earlier rounds."""
+    late: _builtins.int
+    """Packets that came after that."""
+    duplicates: _builtins.int
+    """Packets that came twice."""
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LostOnLink]:
+        """By member, what was lost on the way from it to this peer."""
+
+    @_builtins.property
+    def stale(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stretch]:
+        """Of which no average came: they kept this peer's own values. The largest 64."""
+
+    def __init__(
+        self,
+        *,
+        estimator: _builtins.str = ...,
+        links: _abc.Iterable[Global___LostOnLink] | None = ...,
+        ranges: _builtins.int = ...,
+        repaired: _builtins.int = ...,
+        unrepaired: _builtins.int = ...,
+        stale: _abc.Iterable[Global___Stretch] | None = ...,
+        stale_elements: _builtins.int = ...,
+        deadline_s: _builtins.float = ...,
+        late: _builtins.int = ...,
+        duplicates: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "duplicates", b"duplicates", "estimator", b"estimator", "late", b"late", "links", b"links", "ranges", b"ranges", "repaired", b"repaired", "stale", b"stale", "stale_elements", b"stale_elements", "unrepaired", b"unrepaired"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lossy: _TypeAlias = Lossy  # noqa: Y015
+
+@_typing.final
+class LostOnLink(_message.Message):
+    """What was lost on the way from one member."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    BLOCKED_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """Its id."""
+    sent: _builtins.int
+    """Packets that it had for this peer."""
+    lost: _builtins.int
+    """Of these, how many did not arrive."""
+    blocked: _builtins.bool
+    """No datagram passed between the two: all travelled over the reliable streams."""
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        sent: _builtins.int = ...,
+        lost: _builtins.int = ...,
+        blocked: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocked", b"blocked", "lost", b"lost", "peer", b"peer", "sent", b"sent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LostOnLink: _TypeAlias = LostOnLink  # noqa: Y015
+
+@_typing.final
+class Stretch(_message.Message):
+    """A part of the vector, in elements."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """First element."""
+    stop: _builtins.int
+    """One past the last element."""
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        stop: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["start", b"start", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stretch: _TypeAlias = Stretch  # noqa: Y015
+
+@_typing.final
 class Link(_message.Message):
-    """The way of chunks between another member and this peer."""
+    """The way of values between another member and this peer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1381,7 +1524,7 @@ class Link(_message.Message):
     peer: _builtins.str
     """The other's id."""
     transport: _builtins.str
-    """"grpc" or "tcp"."""
+    """"grpc", "tcp" or "udp"."""
     def __init__(
         self,
         *,
@@ -1655,6 +1798,7 @@ class SessionStatus(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     COMPRESSOR_FIELD_NUMBER: _builtins.int
     COHORT_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     state: _builtins.str
@@ -1673,6 +1817,8 @@ class SessionStatus(_message.Message):
     """Its codec."""
     compressor: _builtins.str
     """Its compressor."""
+    transport: _builtins.str
+    """Whether values must arrive: "reliable", "lossy", "auto", and how often it averages reliably where that was said."""
     @_builtins.property
     def cell(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its cell, one coordinate an axis."""
@@ -1710,10 +1856,11 @@ class SessionStatus(_message.Message):
         budget: Global___ComputeBudget | None = ...,
         compressor: _builtins.str = ...,
         cohort: Global___Cohort | None = ...,
+        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "cohort", b"cohort"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "budget", b"budget", "cell", b"cell", "codec", b"codec", "cohort", b"cohort", "compressor", b"compressor", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "budget", b"budget", "cell", b"cell", "codec", b"codec", "cohort", b"cohort", "compressor", b"compressor", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "transport", b"transport", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
