@@ -28,6 +28,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import moshpitd
@@ -47,7 +48,9 @@ from moshpitd.households import Households
 from moshpitd.identity import Identity, IdentityError
 from moshpitd.local.claim import ClaimError
 from moshpitd.local.server import LocalConfig, LocalServer
+from moshpitd.local.translate import DatagramLine
 from moshpitd.peer.channels import PeerConfig
+from moshpitd.peer.datagrams import Refusals
 from moshpitd.peer.door import PeerDoor
 from moshpitd.peer.tcp import BulkPortError
 from moshpitd.peer.udp import UdpConfig, UdpPath
@@ -84,6 +87,7 @@ class Daemon:
     announce_at: Endpoint
     directory: Directory
     driver: Driver
+    udp: UdpPath
     bulk_port: int = 0
     version: str = moshpitd.__version__
     pid: int = field(default_factory=os.getpid)
@@ -131,6 +135,11 @@ class Daemon:
     @property
     def down_bytes_s(self) -> float:
         return self.driver.link.down_bytes_s
+
+    @property
+    def datagrams(self) -> DatagramLine:
+        udp = self.udp
+        return DatagramLine(udp.packets_sent, udp.packets_received, udp.refusals.total, udp.peers_blocked)
 
     @property
     def uptime_s(self) -> float:
@@ -249,7 +258,7 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
         stack.push_async_callback(udp.close)
         udp.serve(driver)
         await peer_door.serve(driver, udp)
-        daemon = Daemon(identity, config, listen_at, announce_at, directory, driver, peer_door.bulk_port)
+        daemon = Daemon(identity, config, listen_at, announce_at, directory, driver, udp, peer_door.bulk_port)
         households = Households(driver, config.room("household", HouseholdConfig))
         local = await LocalServer.open(config.socket, households, daemon, local_config)
         stack.push_async_callback(local.close, CLOSE_GRACE_S)
@@ -259,6 +268,11 @@ async def _rooms(config: Config, on_clone: Callable[[Address], None]) -> AsyncIt
             counters.gauge("sessions", lambda: len(driver.sessions()))
             counters.gauge("tasks", lambda: len(asyncio.all_tasks()))
             counters.histogram("loop_lag_seconds", driver.loop_lag.read)
+            counters.gauge("packets_sent", lambda: udp.packets_sent)
+            counters.gauge("packets_received", lambda: udp.packets_received)
+            counters.gauge("packet_peers_blocked", lambda: udp.peers_blocked)
+            for refusal in dataclasses.fields(Refusals):
+                counters.gauge(f"packets_{refusal.name}", partial(getattr, udp.refusals, refusal.name))
             http = HttpDoor(daemon, counters)
             try:
                 port = await http.open(config.http.host, config.http.port)

@@ -461,6 +461,9 @@ class Driver:
     def stream_ended(self, session: Key, group_id: GroupId, phase: Phase, sender: Rank) -> None:
         self._feed_lossy(session, group_id, lambda round_, now: round_.stream_ended(phase, sender, now))
 
+    def path_measured(self, session: Key, group_id: GroupId, rank: Rank, round_trip_s: float) -> None:
+        self._feed_lossy(session, group_id, lambda round_, _: round_.path_measured(rank, round_trip_s))
+
     def path_blocked(self, session: Key, group_id: GroupId, rank: Rank) -> None:
         self._feed_lossy(session, group_id, lambda round_, now: round_.path_blocked(rank, now))
 

@@ -54,6 +54,16 @@ class LinkLosses:
             self._counts.pop(peer, None)
 
     @property
+    def packets(self) -> int:
+        """How many packets' worth all this rests on."""
+        return round(math.fsum(count for count, _ in self._counts.values()))
+
+    @property
+    def worst(self) -> float:
+        """Of the links; one of few packets is a bit like the others."""
+        return max((self.of(peer, self._counts) for peer in self._counts), default=0.0)
+
+    @property
     def typical(self) -> float:
         """Over all links, by packets."""
         sent = math.fsum(count for count, _ in self._counts.values())

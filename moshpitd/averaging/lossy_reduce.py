@@ -41,8 +41,8 @@ from moshpitd.averaging.codecs import Codec, Coding
 from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
 from moshpitd.averaging.losses import Deadline, LinkLosses
-from moshpitd.averaging.messages import Chunk, Group, LossyMessage, RangesWanted, ReductionMessage
-from moshpitd.averaging.names import Rank, digest, short
+from moshpitd.averaging.messages import Chunk, Group, LossyMessage, PathReport, RangesWanted, ReductionMessage
+from moshpitd.averaging.names import PeerId, Rank, digest, short
 from moshpitd.averaging.partition import pieces_of
 from moshpitd.averaging.ranges import (
     Cut,
@@ -60,6 +60,7 @@ from moshpitd.averaging.unbiased import Flags, Form, Heard, estimate
 from moshpitd.averaging.vector import DTYPES, Floats, Vector, first_non_finite
 from moshpitd.averaging.weighted_mean import scaled_weights
 
+BLOCKED_TOLD_MAX = 32
 BLOCKED_PACKETS = 10
 """So many packets in a row are not lost by chance where others get through: 1 in 1,000 at half lost."""
 
@@ -75,6 +76,8 @@ class LossyConfig:
     left_s: float = 0.25
     """One that left, or whose connection broke, may have done all it owed us: its last packets, and the word that they
     were the last, are waited for so long."""
+    again_s: float = 600.0
+    """A path on which no datagram passed is believed to be blocked for so long."""
     still_s: float = 5.0
     """Averages that come over the reliable streams are waited for as long as they move: never longer than this without
     any, once our own span is closed."""
@@ -112,6 +115,28 @@ class Paths:
     losses: LinkLosses = field(default_factory=LinkLosses)
     scatter: Deadline = field(default_factory=Deadline)
     gather: Deadline = field(default_factory=Deadline)
+    round_trips_s: dict[PeerId, float] = field(default_factory=dict)
+    blocked: dict[PeerId, float] = field(default_factory=dict)
+    """Between whom and us no datagram passed, and until when that is believed."""
+
+    def report(self, now: float) -> PathReport:
+        """What the leader of our next group should know."""
+        for peer in [peer for peer, until in self.blocked.items() if until <= now]:
+            del self.blocked[peer]
+        return PathReport(
+            packets=self.losses.packets,
+            loss=self.losses.worst,
+            round_trip_s=max(self.round_trips_s.values(), default=0.0),
+            blocked=tuple(sorted(self.blocked)[:BLOCKED_TOLD_MAX]),
+        )
+
+    def forget(self, peers: Iterable[PeerId]) -> None:
+        """They left for good."""
+        peers = list(peers)
+        self.losses.forget(peers)
+        for peer in peers:
+            self.round_trips_s.pop(peer, None)
+            self.blocked.pop(peer, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +240,12 @@ class LossyReduce:
                 first, stop = self._ranges.span(r)
                 if stop > first:
                     self._averages[r] = Inbound(self._ranges, codec.average, first, stop)
+        # What a newcomer keeps of its own is worth nothing: it gets all.
+        whole = part is Part.BOTH
+        self._need_all = {Rank(r) for r in range(n) if whole and (self.averages_reliable or self._weights[r] <= 0)}
+        """To whom averages travel over the reliable streams."""
         for stream in self._averages.values():
-            stream.is_reliable = self.averages_reliable
+            stream.is_reliable = rank in self._need_all
         self._is_closed = False
         """Of our span nothing is waited for but repairs."""
         self._blocked: set[Rank] = set()
@@ -228,6 +257,9 @@ class LossyReduce:
 
         self._bursts: dict[Rank, deque[Burst]] = {r: deque() for r in self._others()}
         self._reliable: dict[Rank, deque[Outgoing]] = {r: deque() for r in self._others()}
+        self._pulls = self._pulls_seen = 0
+        self._moved_at = now
+        """Since when nothing of ours was pulled: once all else is done, one that takes nothing is not waited for."""
         self._in_hand: set[tuple[Rank, bool]] = set()
         """Whose door pulled something, a burst or not, and may not have put it on the wire."""
         self._resent: set[Rank] = set()
@@ -250,6 +282,10 @@ class LossyReduce:
             return
         if part is not Part.GATHER and self._weights[rank] > 0:
             self._queue_contributions()
+        for other in self._others():  # as the header says, so that both ends know it
+            one, two = group.members[rank], group.members[other]
+            if two.peer in one.paths.blocked or one.peer in two.paths.blocked:
+                self._cut_path(other)
         if part is Part.GATHER:
             for cut in self._own:
                 self._give(cut)
@@ -420,6 +456,7 @@ class LossyReduce:
         stream.last_at = now
         if stream.is_over:
             self.late += len(sequences)
+            stream.late += len(sequences)
             return
         numbers = sequences + stream.first
         while len(numbers):
@@ -506,6 +543,7 @@ class LossyReduce:
             if not stream.is_over:
                 moments.append(min(self._through_at(stream), self._given_up_at(stream)))
         moments += [until for rank, (until, _) in self._leaving.items() if self._owes(rank)]
+        moments.append(self._moved_at + self._config.still_s)
         return min(moments, default=None)
 
     def next_burst(self, rank: Rank) -> Burst | None:
@@ -513,6 +551,7 @@ class LossyReduce:
         burst = self._bursts[rank].popleft() if self._bursts[rank] else None
         self._in_hand.discard((rank, True))
         if burst is not None:
+            self._pulls += 1
             self._in_hand.add((rank, True))
             coding = self._codec.average if burst.phase is Phase.AVERAGE else self._codec.contribution
             self.bytes_sent += _coded_bytes(coding, burst.cut)
@@ -525,6 +564,7 @@ class LossyReduce:
         self._in_hand.discard((rank, False))
         if outgoing is None:
             return None
+        self._pulls += 1
         self._in_hand.add((rank, False))
         return Outgoing(outgoing.chunk, partial(self._counted, outgoing))
 
@@ -532,13 +572,21 @@ class LossyReduce:
         """A pull brought nothing: the door is done with what it pulled before, which may have been the last."""
         self._go_on(now)
 
+    def path_measured(self, rank: Rank, round_trip_s: float) -> None:
+        """How long a datagram and its answer took, at best."""
+        self._paths.round_trips_s[self.group.members[rank].peer] = round_trip_s
+
     def path_blocked(self, rank: Rank, now: float) -> None:
         """No datagram passes between this member and us: from here on everything goes over the reliable streams."""
         if self.finished or rank in self._cut_off or rank not in self._live:
             return
+        self._log(f"no datagram passes between {self._name(rank)} and us: the reliable streams carry all")
+        self._cut_path(rank)
+        self._go_on(now)
+
+    def _cut_path(self, rank: Rank) -> None:
         self._cut_off.add(rank)
         self._blocked.add(rank)
-        self._log(f"no datagram passes between {self._name(rank)} and us: the reliable streams carry all")
         for stream in self._streams_of(rank):
             stream.is_reliable = True
         bursts, self._bursts[rank] = self._bursts[rank], deque()
@@ -550,7 +598,6 @@ class LossyReduce:
             else:
                 self._resend(rank, range(burst.cut.first, burst.cut.stop))
         self._emit(Sendable(self.group.group_id, rank))
-        self._go_on(now)
 
     def take_effects(self) -> list[Effect]:
         effects, self._effects = self._effects, []
@@ -582,9 +629,24 @@ class LossyReduce:
                     if cut.piece.reducer == rank:
                         self._apply(cut, stream)
         is_done = not self._left_to_make and not self._jobs and all(s.is_over for s in self._averages.values())
-        is_sent = not self._in_hand and not any((*self._bursts.values(), *self._reliable.values()))
-        if is_done and (is_sent or is_out_of_time):
-            self._become_committed()
+        is_sent = not any(self._has_more_for(rank) for rank in self._others())
+        if not is_done or self._pulls > self._pulls_seen:
+            self._pulls_seen, self._moved_at = self._pulls, now
+        is_stuck = now >= self._moved_at + self._config.still_s
+        if is_done and (is_sent or is_stuck or is_out_of_time):
+            self._become_committed(now)
+
+    def _has_more_for(self, rank: Rank) -> bool:
+        """Whether something of ours is not on the wire that it may be waiting for."""
+        streams = self._streams_of(rank)
+        if (
+            rank in self._blocked
+            and streams
+            and all(stream.is_over and stream.lost == stream.total for stream in streams)
+        ):
+            return False  # nothing came of it either way
+        in_hand = {(rank, False), (rank, True)} & self._in_hand
+        return bool(in_hand or self._bursts[rank] or self._reliable[rank])
 
     def _owes(self, rank: Rank) -> bool:
         """Whether it has something for us that is waited for."""
@@ -606,8 +668,12 @@ class LossyReduce:
 
     def _given_up_at(self, stream: Inbound) -> float:
         """When averages that do not come are no longer waited for."""
-        if not self._is_closed or not stream.is_reliable:
-            return self._gather_until
+        if not stream.is_reliable:
+            # An owner that nothing came of may wait for what it asked for again.
+            is_silent = stream.ended_at is None and stream.lost == stream.total
+            return self._gather_until + (self._config.repair_s + self._config.left_s if is_silent else 0.0)
+        if not self._is_closed:
+            return math.inf
         return max(self._closed_at, stream.last_at or -math.inf) + self._config.still_s
 
     def _close(self, now: float) -> None:
@@ -663,7 +729,7 @@ class LossyReduce:
         elif cut.first in stream.slots and stream.left(cut) == 0:
             self._apply(cut, stream)
 
-    def _become_committed(self) -> None:
+    def _become_committed(self, now: float) -> None:
         assert self.state is State.EXCHANGING
         self.state = State.COMMITTED
         for deadline, streams, since, size in (
@@ -673,10 +739,30 @@ class LossyReduce:
             last = [s.last_at for s in streams.values() if s.last_at is not None and not s.is_reliable]
             if last:
                 deadline.learn(max(0.0, max(last) - since), size)
+        self._account(now)
         lost = sum(line.lost for line in self.link_losses())
         sent = sum(line.sent for line in self.link_losses())
         self._log(f"reducing -> committed: {lost} of {sent} packets lost, {self.repaired} ranges repaired")
         self._release()
+
+    def _account(self, now: float) -> None:
+        """Who was not heard at all, and between whom and us no datagram passes."""
+        for half, what in ((self._contributions, "nothing of its values"), (self._averages, "no average of its")):
+            for rank, stream in half.items():
+                is_silent = stream.ended_at is None or stream.total >= BLOCKED_PACKETS
+                if stream.total and stream.lost == stream.total and is_silent:
+                    self._dropped.setdefault(rank, f"{what} came in time")
+        for rank in self._others():
+            peer, streams = self.group.members[rank].peer, self._streams_of(rank)
+            if rank not in self._blocked:
+                if any(stream.arrived.any() and not stream.is_reliable for stream in streams):
+                    self._paths.blocked.pop(peer, None)
+            # Else it stood still, or is dead; and where packets came after all, we stood still.
+            elif any(stream.repaired.any() for stream in streams) and not any(stream.late for stream in streams):
+                self._paths.blocked.setdefault(peer, now + self._config.again_s)
+        every = (*self._contributions.values(), *self._averages.values())
+        if self._is_out_of_time and any(stream.lost for stream in every):
+            self.why = self.why or "the time was over before all was here"
 
     def _become_failed(self, why: str) -> None:
         assert self.state is State.EXCHANGING
@@ -764,7 +850,7 @@ class LossyReduce:
         for rank in self._others():
             if rank not in self._live or rank in self._leaving:
                 continue
-            if self.averages_reliable or rank in self._blocked:
+            if rank in self._need_all or rank in self._blocked:
                 self._reliable[rank].extend(_chunks_of(packets))
             else:
                 self._bursts[rank].append(
@@ -898,6 +984,8 @@ class Inbound:
         self.slots: dict[int, Slots] = {}
         """By the first range of their cut; decoded ones are gone."""
         self.applied: set[int] = set()
+        self.late = 0
+        """Packets that came when it was over."""
         self.is_over = False
         self.is_reliable = False
         """It comes over the reliable streams: its end on UDP says nothing."""

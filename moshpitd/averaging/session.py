@@ -688,6 +688,7 @@ class Session:
                 self._compare_terms(message, sender)
             case Farewell():
                 self._members.left(sender)
+                self._paths.forget([sender])
                 self._peer_out(sender, "left the swarm", now)
             case Activation() | Contributing() | Outcast() | Stranger():
                 return  # of a cohort, which only a wait-avoiding session has
@@ -1347,12 +1348,12 @@ class Session:
         wait_s = (current.rounds_until - now) / max(1, rounds_left)
         self._refresh(matchmaking, now)
         may_follow = current.j == 0 and current.call.epoch is None
-        member = self._member(current.axis, cell[current.axis], course.weight, course.stage.agreement)
+        member = self._member(current.axis, cell[current.axis], course.weight, course.stage.agreement, now)
         matchmaking.seek(member, wait_s, now, may_follow=may_follow)
         self._announce_presence(matchmaking.round.key, cell[current.axis])
         self._look_at_matchmaking(now)
 
-    def _member(self, axis: int, coordinate: int, weight: float, agreement: bytes) -> Member:
+    def _member(self, axis: int, coordinate: int, weight: float, agreement: bytes, now: float) -> Member:
         here, link, anchor = self._here, self._link, self._anchors.get(axis)
         member = Member(
             here.peer,
@@ -1367,7 +1368,9 @@ class Session:
             anchor=anchor.digest[:ANCHOR_TOLD_BYTES] if anchor else b"",
             agreement=agreement,
         )
-        return replace(member, budget=self._budget.budget) if self._budget else member
+        if self._budget:
+            member = replace(member, budget=self._budget.budget)
+        return replace(member, paths=self._paths.report(now)) if self.options.transport.may_lose else member
 
     def _matchmaking(self, plan: Plan, k: int, j: int, axis: int, cell: Cell) -> Matchmaking:
         key = grid_key(self._here.swarm, self.terms.digest, plan, k=k, j=j, axis=axis, cell=cell)
@@ -2001,13 +2004,16 @@ class Session:
             bits_per_element=reduction.bits_per_element,
             relative_error=reduction.relative_error,
             stage=current.course.stage.name if current.course else "dense",
-            transport_why=self._transport_why(group, lossy is not None, current.course),
+            transport_why=self._transport_why(reduction, current.course),
             lossy=lossy,
         )
 
-    def _transport_why(self, group: Group, is_lossy: bool, course: Course | None) -> str:
+    def _transport_why(self, reduction: Reduction, course: Course | None) -> str:
         """What a person should know of why values were lost in this group, or were not."""
-        if group.transport and not is_lossy and course:
+        group = reduction.group
+        if isinstance(reduction, LossyReduce) and reduction.averages_reliable:
+            return f"{group.transport_why}; the averages were not, because the members' weights differ"
+        if isinstance(reduction, AllReduce) and group.transport and course:
             return f"reliable: the {course.stage.name} must arrive whole"
         return group.transport_why
 

@@ -116,12 +116,46 @@ def _round(receipt: pb.Receipt, round_: pb.Round, own: str) -> Iterator[str]:
         yield f"  {_who(span.reducer, own)} reduced elements {span.start:,} to {span.stop:,}, {share}."
     for dropped in round_.dropped:
         yield f"  {_who(dropped.peer, own)} was dropped: {dropped.why}."
+    by = "lossy packets" if round_.HasField("lossy") else round_.transport
     yield (
         f"  It took {round_.seconds.matchmaking:.3f} s to match and {round_.seconds.reduce:.3f} s to reduce by "
-        f"{round_.transport} in {_coded(round_)}; {amount(round_.bytes.sent)} out, "
+        f"{by} in {_coded(round_)}; {amount(round_.bytes.sent)} out, "
         f"{amount(round_.bytes.received)} in. Weight {round_.weight_after:g} goes on."
     )
+    if round_.transport_why:
+        yield f"  Why this way: {round_.transport_why}."
+    if round_.HasField("lossy"):
+        yield from _lossy(round_, own)
+        return
     yield f"  Whoever shows group id {round_.group_id.hex()} holds the same bits, digest {round_.digest.hex()}."
+
+
+def _lossy(round_: pb.Round, own: str) -> Iterator[str]:
+    """What was lost, what became of it, and who holds what now."""
+    lossy = round_.lossy
+    for link in lossy.links:
+        if link.blocked:
+            yield f"  No datagram passed between {_who(link.peer, own)} and this peer: reliable streams carried all."
+        elif link.lost:
+            share = f"{link.lost:,} of {link.sent:,} packets from {_who(link.peer, own)} ({link.lost / link.sent:.1%})"
+            yield f"  Lost on the way: {share}."
+    if lossy.repaired:
+        ranges = _count(lossy.repaired, "range")
+        yield f"  {ranges} of this peer's span that no packet had brought came again, over reliable streams."
+    if lossy.unrepaired:
+        ranges = _count(lossy.unrepaired, "range")
+        yield f"  {ranges} of this peer's span did not come at all: there everybody kept its own values."
+    if lossy.stale_elements:
+        share = f" ({lossy.stale_elements / round_.spans[-1].stop:.1%} of all)" if round_.spans else ""
+        yield (
+            f"  No average came of {lossy.stale_elements:,} elements{share}: there this peer kept its own values. The "
+            "next averaging makes up for it."
+        )
+    if lossy.late:
+        yield f"  {_count(lossy.late, 'packet')} came too late, after {lossy.deadline_s:.2f} s."
+    if not any(link.lost or link.blocked for link in lossy.links):
+        yield "  Nothing on its way to this peer was lost."
+    yield "  Members of a lossy round may differ where one of them missed a packet, so there is no digest."
 
 
 def _coded(round_: pb.Round) -> str:

@@ -47,6 +47,12 @@ def status(message: pb.GetStatusResponse) -> Json:
             "up_bytes_s": message.bandwidth.up_bytes_s,
             "down_bytes_s": message.bandwidth.down_bytes_s,
         },
+        "datagrams": {
+            "sent": message.datagrams.sent,
+            "received": message.datagrams.received,
+            "refused": message.datagrams.refused,
+            "peers_blocked": message.datagrams.peers_blocked,
+        },
         "sessions": [
             {
                 "name": session.name,

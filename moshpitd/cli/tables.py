@@ -29,6 +29,8 @@ def status(message: pb.GetStatusResponse) -> None:
     facts.add_row("listens", f"{message.listen}, announced as {message.announce or 'nothing'}{bulk}")
     facts.add_row("dialable", dialable if message.HasField("dialable") else "not known yet")
     facts.add_row("bandwidth", f"{_rate(message.bandwidth.up_bytes_s)} out, {_rate(message.bandwidth.down_bytes_s)} in")
+    if message.datagrams.sent or message.datagrams.received or message.datagrams.refused:
+        facts.add_row("packets", _packets(message.datagrams))
     facts.add_row("process", f"{message.pid}, version {message.version}, up {duration(message.uptime_seconds)}")
     console = Console()
     console.print(facts, soft_wrap=True)
@@ -161,6 +163,12 @@ def amount(count: int) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _packets(line: pb.Datagrams) -> str:
+    """Of lossy rounds."""
+    told = f"{line.sent:,} out, {line.received:,} in, {line.refused:,} refused"
+    return told + (f"; none passes to {_count(line.peers_blocked, 'peer')}" if line.peers_blocked else "")
 
 
 def _rate(bytes_s: float) -> str:

@@ -83,6 +83,17 @@ class ConfigLine(Protocol):
     def source(self) -> str: ...
 
 
+@dataclass(frozen=True, slots=True)
+class DatagramLine:
+    """Packets of lossy rounds, since the daemon was started."""
+
+    sent: int = 0
+    received: int = 0
+    refused: int = 0
+    peers_blocked: int = 0
+    """Between whom and us none passed, lately."""
+
+
 class DaemonInfo(Protocol):
     """What the daemon as a whole says of itself; read at every GetStatus and GetConfig."""
 
@@ -138,6 +149,8 @@ class DaemonInfo(Protocol):
 
     @property
     def down_bytes_s(self) -> float: ...
+    @property
+    def datagrams(self) -> DatagramLine: ...
     @property
     def config_values(self) -> Sequence[ConfigLine]:
         """Every setting, in the order of the documentation."""
@@ -386,6 +399,12 @@ def status_message(
         dialable=info.dialable,
         bulk_port=info.bulk_port,
         bandwidth=pb.Bandwidth(up_bytes_s=info.up_bytes_s, down_bytes_s=info.down_bytes_s),
+        datagrams=pb.Datagrams(
+            sent=info.datagrams.sent,
+            received=info.datagrams.received,
+            refused=info.datagrams.refused,
+            peers_blocked=info.datagrams.peers_blocked,
+        ),
     )
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket as sockets
 import struct
 from collections.abc import Callable, Coroutine
@@ -61,6 +62,9 @@ BATCH_BYTES_MAX = 64_000
 BATCH_PACKETS_MAX = 64
 """One send: what the kernel cuts at once."""
 
+MARKS_MAX = 64
+"""Of one member, unanswered ones whose times are kept."""
+
 HELLO = struct.Struct("<B")
 """Whether the sender has heard the receiver, and whether it knows to be heard by it: a bit each. Padded to the longest
 payload."""
@@ -102,6 +106,9 @@ class PacketInbox(Protocol):
 
     def stream_ended(self, session: Key, group_id: GroupId, phase: Phase, sender: Rank) -> None:
         """This member sent its last packet of this phase."""
+
+    def path_measured(self, session: Key, group_id: GroupId, rank: Rank, round_trip_s: float) -> None:
+        """How long a datagram and its answer took, at best so far."""
 
     def path_blocked(self, session: Key, group_id: GroupId, rank: Rank) -> None:
         """No datagram passes between this member and us."""
@@ -158,6 +165,9 @@ class Member:
     """... and that it knows are."""
     marked: tuple[int, int] = (0, 0)
     """Of its newest report: sent, arrived."""
+    marks_at: dict[int, float] = field(default_factory=dict)
+    """When we first asked how many of so many packets arrived; unanswered ones."""
+    round_trip_s: float = math.inf
     waited: bool = False
     """Its pace held us up since the last mark: the rate is what limits."""
 
@@ -241,6 +251,11 @@ class UdpPath:
         """Whether datagrams to this peer were found not to arrive, lately."""
         return self._blocked.get(peer, 0.0) > self._loop.time()
 
+    @property
+    def peers_blocked(self) -> int:
+        """To so many datagrams were found not to arrive, lately."""
+        return sum(map(self.is_blocked, self._blocked))
+
     def pace(self, peer: PeerId) -> Pace | None:
         """What is known of the path to this peer."""
         return self._paces.get(peer)
@@ -259,7 +274,8 @@ class UdpPath:
         member = opened.members[rank]
         assert self._inbox is not None
         if not await self._meet(opened, rank):
-            self._blocked[member.peer] = self._loop.time() + self._config.again_s
+            if not self.is_blocked(member.peer):  # else it would never be given its whole time again
+                self._blocked[member.peer] = self._loop.time() + self._config.again_s
             log.info("no datagram passes between %s and us: lossy rounds with it go over gRPC", short(member.peer))
             self._inbox.path_blocked(opened.session, opened.group.group_id, rank)
             return
@@ -355,6 +371,8 @@ class UdpPath:
             if member.ends & ~member.ends_heard:
                 ends_told += 1
                 pause_s = min(1.5 * pause_s, 0.1)
+            if member.sent not in member.marks_at and len(member.marks_at) < MARKS_MAX:
+                member.marks_at[member.sent] = self._loop.time()
             self._say(opened, member, Kind.MARK, MARK.pack(member.sent, member.ends))
 
     def _say_hello(self, opened: Round, member: Member) -> None:
@@ -443,7 +461,13 @@ class UdpPath:
                 self._say(known, member, Kind.REPORT, REPORT.pack(sent, member.arrived, member.their_ends))
             else:
                 member.is_open.set()
-                self._report_received(member, *REPORT.unpack(body))
+                sent, arrived, ends = REPORT.unpack(body)
+                self._report_received(member, sent, arrived, ends)
+                took_s = self._loop.time() - member.marks_at.pop(sent, -math.inf)
+                if took_s < member.round_trip_s:
+                    member.round_trip_s = took_s
+                    self._inbox.path_measured(known.session, known.group.group_id, rank, took_s)
+                member.marks_at = {asked: at for asked, at in member.marks_at.items() if asked > sent}
         except struct.error:
             self.refusals.nonsense += 1
 

@@ -106,8 +106,11 @@ class Network:
 
     # ---- time
 
-    def arrival(self, sender: PeerId, receiver: PeerId, size: float, base: Span, now: float) -> float:
-        """When this many bytes, sent now, are there."""
+    def arrival(
+        self, sender: PeerId, receiver: PeerId, size: float, base: Span, now: float, *, resent: bool = True
+    ) -> float:
+        """When this many bytes, sent now, are there. `resent`: what is lost on the way is sent again; else its fate is
+        somebody else's to tell."""
         self.messages[sender] += 1
         self.bytes[sender] += size
         moment = now + self._rng.uniform(*base)
@@ -125,7 +128,7 @@ class Network:
             moment = self._through_downlink(receiver, size / theirs.down_bytes_s, moment, now)
         loss = ours.loss + theirs.loss
         wait = RETRANSMISSION_S
-        while loss and self._rng.random() < min(loss, 0.9):
+        while resent and loss and self._rng.random() < min(loss, 0.9):
             moment += wait
             wait = min(2 * wait, RETRANSMISSION_MAX_S)
         return moment

@@ -1,8 +1,8 @@
 """Daemons on paper: real Session machines, and a driver that carries out their effects in virtual time.
 
-Knows channels that can break, chunk streams that are pulled, jobs that take a while, daemons that die or stand still.
-What an honest peer must never cause (RemoteProtocolError) is kept in `protocol_errors`; a clock that stands still is
-Stuck.
+Knows channels that can break, chunk streams that are pulled, packets that get lost, jobs that take a while, daemons
+that die or stand still. What an honest peer must never cause (RemoteProtocolError) is kept in `protocol_errors`; a
+clock that stands still is Stuck.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from moshpitd.averaging.effects import (
 )
 from moshpitd.averaging.errors import RemoteProtocolError, SessionError
 from moshpitd.averaging.link import LinkRates
+from moshpitd.averaging.lossy_reduce import LossyReduce, Phase
 from moshpitd.averaging.machine import Machine, machine_for
 from moshpitd.averaging.messages import (
     Address,
@@ -59,16 +60,23 @@ from moshpitd.averaging.messages import (
     View,
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, digest, short
+from moshpitd.averaging.ranges import Numbers, Rows
 from moshpitd.averaging.receipt import Receipt
 from moshpitd.averaging.session import Call, SessionConfig, SessionOptions, Whereabouts
 from moshpitd.averaging.vector import Layout, TensorSpec, Vector
 from moshpitd.simulation.clock import Clock
 from moshpitd.simulation.directory import Directory
 from moshpitd.simulation.network import Link, Network, Span, Weather
+from moshpitd.simulation.packet_loss import LossModel, PacketLoss
 
 SWARM = b"a swarm on paper"
 STRANGER_PATIENCE_S = 15.0
 """How long a stream waits for a group that the other end has not heard of."""
+DATAGRAM_PATIENCE_S = 1.5
+"""How long a daemon says hello by datagrams before it holds the path for blocked."""
+END_AGAIN_S = 0.005
+"""From telling the end of a stream of packets to telling it again; up to ENDS_MAX times, until it was heard."""
+ENDS_MAX = 20
 MESSAGE_BYTES = 250.0
 """What a small message is taken to cost."""
 
@@ -172,6 +180,10 @@ class Swarm:
         self.peers: dict[PeerId, Peer] = {}
         self.observers: list[Observer] = []
         self.protocol_errors: list[str] = []
+        self.packets = PacketLoss(LossModel(), self.rng)
+        """The fate of lossy rounds' packets."""
+        self.no_datagrams: set[frozenset[PeerId]] = set()
+        """Pairs between which none passes."""
         self.unreachable: set[tuple[PeerId, PeerId]] = set()
         """(from, to) that cannot be dialled."""
         self.swallow: Callable[[Peer, Send], bool] | None = None
@@ -433,12 +445,14 @@ class Swarm:
                 self.clock.at(self._after(self.weather.directory), lambda: self._bring_roster(peer, key))
             case Withdraw(key=key):
                 self.directory.withdraw(peer.id, key)
-            case OpenStreams(group=group, rank=rank):
+            case OpenStreams(group=group, rank=rank, lossy_codec=codec):
                 values = peer.machine.contribution
                 for observer in self.observers if values else ():
                     assert values is not None
                     observer.group_began(peer, group, rank, values, self.now)
                 self._open_streams(peer, group, rank)
+                if codec:
+                    self._open_paths(peer, group, rank)
             case CloseStreams(group_id=group_id):
                 peer.streams.pop(group_id, None)
                 peer.over.add(group_id)
@@ -448,6 +462,7 @@ class Swarm:
                     observer.group_ended(peer, group_id, result)
             case Sendable(group_id=group_id, rank=rank):
                 self._pump(peer, group_id, rank)
+                self.clock.at(self.now, partial(self._pump_packets, peer, group_id, rank))
             case Receivable(group_id=group_id, rank=rank):
                 self._read_on(peer, group_id, rank)
             case Compute():
@@ -612,6 +627,8 @@ class Swarm:
             return
         other = self.peers[group.members[rank].peer]
         way = (group_id, peer.id, other.id)
+        if group_id in other.over and peer.machine.lossy(group_id):  # who has what it needs waits for nobody
+            self._stream_lost(peer, group, rank, "its stream ended")
         if way in self._pumping or group_id not in other.streams or not other.alive:
             return
         if self._torn and (group_id, frozenset((peer.id, other.id))) in self._torn:
@@ -620,6 +637,7 @@ class Swarm:
             return
         outgoing = peer.machine.next_outgoing(group_id, rank)
         if outgoing is None:
+            self.clock.at(self.now, partial(self._feed_lossy, peer, group_id, LossyReduce.pulled_dry))
             return
         chunk = replace(outgoing.chunk, payload=outgoing.encode())
         self._pumping.add(way)
@@ -645,6 +663,74 @@ class Swarm:
         group, our_rank = peer.streams.get(group_id, (None, None))
         if group is not None and our_rank is not None:
             self._pump(self.peers[group.members[rank].peer], group_id, our_rank)
+
+    # ---- packets
+
+    def _open_paths(self, peer: Peer, group: Group, rank: Rank) -> None:
+        for other_rank, member in enumerate(group.members):
+            if member.peer != peer.id:
+                other = self.peers[member.peer]
+                if group.group_id in other.streams:
+                    self.clock.at(self.now, partial(self._pump_packets, other, group.group_id, rank))
+                look = partial(self._look_at_path, peer, group, other, Rank(other_rank))
+                self.at(self.now + DATAGRAM_PATIENCE_S, look)
+
+    def _look_at_path(self, peer: Peer, group: Group, other: Peer, rank: Rank) -> None:
+        heard = group.group_id in other.streams or group.group_id in other.over
+        if not heard or not self._datagrams_pass(peer, other):
+            self._feed_lossy(peer, group.group_id, lambda round_, now: round_.path_blocked(rank, now))
+
+    def _datagrams_pass(self, one: Peer, other: Peer) -> bool:
+        return self.network.hears(one.id, other.id) and frozenset((one.id, other.id)) not in self.no_datagrams
+
+    def _feed_lossy(self, peer: Peer, group_id: GroupId, put: Callable[[LossyReduce, float], None]) -> None:
+        self._feed(peer, lambda: peer.machine.feed_lossy(group_id, put, self.now))
+
+    def _pump_packets(self, peer: Peer, group_id: GroupId, rank: Rank) -> None:
+        """Burst by burst, as soon as the other end has said hello; nobody notices what gets lost."""
+        group, our_rank = peer.streams.get(group_id, (None, None))
+        round_ = peer.machine.lossy(group_id)
+        if group is None or our_rank is None or round_ is None or not peer.alive:
+            return
+        other = self.peers[group.members[rank].peer]
+        is_there = group_id in other.streams or group_id in other.over or not other.alive
+        if peer.frozen is not None:
+            peer.frozen.append(partial(self._pump_packets, peer, group_id, rank))
+            return
+        if not is_there or not self._datagrams_pass(peer, other):
+            return
+        burst = round_.next_burst(rank)
+        if burst is None:
+            self._feed_lossy(peer, group_id, LossyReduce.pulled_dry)
+            return
+        packets = burst.encode()
+        size = sum(each.rows.size for each in packets) * self.network.bytes_scale
+        moment = self.network.arrival(peer.id, other.id, size, self.weather.message, self.now, resent=False)
+        for each in packets:
+            kept = np.array([self.packets.arrives(peer.id, other.id) for _ in each.numbers], np.bool_)
+            if kept.any():
+                numbers, rows = each.numbers[kept], each.rows[kept]
+                offsets = burst.cut.piece.start + (numbers - burst.cut.first) * burst.cut.range_elements
+                arrived = (burst.phase, our_rank, numbers - burst.span_first, offsets, rows)
+                self.at(moment, partial(self._packets_arrive, other, peer, group_id, arrived))
+        if burst.ends:
+            for told in range(ENDS_MAX):
+                if self.packets.arrives(peer.id, other.id):
+                    ends = partial(self._stream_ends, other, group_id, burst.phase, our_rank)
+                    self.at(moment + told * END_AGAIN_S, ends)
+                    break
+        self.clock.at(self.now, partial(self._pump_packets, peer, group_id, rank))
+
+    def _packets_arrive(
+        self, to: Peer, sender: Peer, group_id: GroupId, arrived: tuple[Phase, Rank, Numbers, Numbers, Rows]
+    ) -> None:
+        def put(round_: LossyReduce, now: float) -> None:
+            round_.packets_received(*arrived, now)
+
+        self._hear(to, sender, lambda: to.machine.feed_lossy(group_id, put, self.now))
+
+    def _stream_ends(self, to: Peer, group_id: GroupId, phase: Phase, sender: Rank) -> None:
+        self._feed_lossy(to, group_id, lambda round_, now: round_.stream_ended(phase, sender, now))
 
     # ---- the directory
 

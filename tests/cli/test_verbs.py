@@ -126,6 +126,38 @@ def test_explain_tells_what_a_compressor_made_of_it(fake_daemon: FakeDaemon, mos
     assert f"for the rows, along axis 1: {len(left.members)} met and averaged nothing. Why: not the same rows." in said
 
 
+def test_explain_tells_what_was_lost_and_what_became_of_it(fake_daemon: FakeDaemon, moshpitd: Moshpitd) -> None:
+    told = receipt(pb.OUTCOME_COMPLETE)
+    (round_,) = told.rounds
+    round_.transport, round_.transport_why = "lossy", "lossy as asked for; one of every 16, as asked for"
+    round_.lossy.MergeFrom(
+        pb.Lossy(
+            estimator="difference",
+            links=[pb.LostOnLink(peer=OTHER, sent=1200, lost=120), pb.LostOnLink(peer=THIRD, blocked=True)],
+            repaired=2,
+            unrepaired=1,
+            stale_elements=500,
+            late=3,
+            deadline_s=0.25,
+        )
+    )
+    fake_daemon.receipts = [told]
+    said = moshpitd("explain", "last").stdout
+    for part in (
+        "to reduce by lossy packets in flash8",
+        "Why this way: lossy as asked for; one of every 16, as asked for.",
+        "Lost on the way: 120 of 1,200 packets from bbbbbbbb (10.0%).",
+        "No datagram passed between cccccccc and this peer: reliable streams carried all.",
+        "2 ranges of this peer's span that no packet had brought came again, over reliable streams.",
+        "1 range of this peer's span did not come at all: there everybody kept its own values.",
+        "No average came of 500 elements (5.0% of all): there this peer kept its own values.",
+        "3 packets came too late, after 0.25 s.",
+        "so there is no digest",
+    ):
+        assert part in said
+    assert "holds the same bits" not in said
+
+
 def test_explain_can_tell_one_round_or_the_last_averaging(fake_daemon: FakeDaemon, moshpitd: Moshpitd) -> None:
     fake_daemon.receipts = [receipt(pb.OUTCOME_ALONE, epoch=9), receipt(pb.OUTCOME_COMPLETE)]
     assert moshpitd("explain", "7.0").stdout.startswith("Round 7.0, along axis 1, complete")

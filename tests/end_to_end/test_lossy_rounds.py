@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from tests.end_to_end.swarm import Array, Peer, Swarm, average_all, error, mean, random_tensors, trainers
+from tests.end_to_end.swarm import Array, Peer, Swarm, average_all, error, finish, mean, random_tensors, trainers
 
 ELEMENTS = 300_000
 LOSSES = "tests.end_to_end.lossy_daemon"
@@ -71,3 +74,63 @@ def test_a_tenth_of_the_packets_lost_is_a_lossy_mean_that_all_nearly_hold(lossy_
                 assert lossy == [None] * len(lossy)
         assert all(np.array_equal(trainer.tensors["w"], there[0].tensors["w"]) for trainer in there)
     assert off[0] > off[1]
+
+
+def test_the_command_line_averages_files_lossy_and_explains_it(four: list[Peer], tmp_path: Path) -> None:
+    started = []
+    for index, peer in enumerate(four[:3]):
+        source = tmp_path / f"{index}.safetensors"
+        save_file(whole_numbers(index), source)
+        words = ("average", source, "-o", tmp_path / f"{index}.out", "--transport", "lossy", "--min-peers", "3")
+        started.append(peer.cli_start(*words, "--name", "files", "--json"))
+    receipts = [json.loads(finish(each).stdout) for each in started]
+    results = [load_file(tmp_path / f"{index}.out")["w"] for index in range(3)]
+    assert error(results[0], mean([whole_numbers(i)["w"] for i in range(3)], [1.0] * 3)) < 1e-6
+    for receipt, result in zip(receipts, results, strict=True):
+        assert receipt["outcome"] == "complete", receipt["why"]
+        assert np.array_equal(result, results[0])
+        (round_,) = receipt["rounds"]
+        assert round_["transport"] == "lossy"
+        assert round_["lossy"]["stale"] == []
+        assert len(round_["lossy"]["links"]) == 2
+    told = four[0].cli("explain", "last").stdout
+    assert "by lossy packets in float32" in told
+    assert "Why this way: lossy as asked for" in told
+    assert "Nothing on its way to this peer was lost" in told
+
+
+def test_firewalls_that_drop_every_datagram_cost_one_slow_round() -> None:
+    with Swarm(launcher=(LOSSES, "1.0")) as swarm:
+        peers = swarm.start(3)
+        with trainers(peers, whole_numbers, min_peers=3, transport="lossy") as there:
+            first, second = average_all(there), average_all(there)
+        for receipt in first:
+            assert receipt.outcome == "complete", receipt.why
+            (round_,) = receipt.rounds
+            assert round_.lossy is not None
+            assert all(link.blocked for link in round_.lossy.links)
+            assert {link.transport for link in round_.links} == {"tcp"}
+            assert round_.seconds.reduce < 10
+        for receipt in second:
+            (round_,) = receipt.rounds
+            assert (round_.transport, round_.lossy) == ("tcp", None)
+            assert "no datagram passes between 3 of 3 pairs of members" in round_.transport_why
+        assert all(np.array_equal(trainer.tensors["w"], there[0].tensors["w"]) for trainer in there)
+        assert "No datagram passed between" in peers[0].cli("explain", str(first[0].epoch)).stdout
+
+
+def test_one_member_behind_a_firewall_is_reached_over_streams(four: list[Peer]) -> None:
+    with Swarm(launcher=(LOSSES, "1.0")) as walled:
+        (outside,) = walled.start(1, join=four[0])
+        there_too = [*four[:2], outside]
+        with trainers(there_too, whole_numbers, name="wall", min_peers=3, transport="lossy") as there:
+            for _ in range(2):
+                receipts = average_all(there)
+                for peer, receipt in zip(there_too, receipts, strict=True):
+                    assert receipt.outcome == "complete", receipt.why
+                    (round_,) = receipt.rounds
+                    assert round_.lossy is not None or "pairs of members" in round_.transport_why
+                    if round_.lossy is not None:
+                        blocked = {link.peer for link in round_.lossy.links if link.blocked}
+                        assert blocked == ({p.id for p in four[:2]} if peer is outside else {outside.id})
+            assert error(there[0].tensors["w"], mean([t.began_with["w"] for t in there], [1.0] * 3)) < 1e-6

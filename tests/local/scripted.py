@@ -28,6 +28,8 @@ from moshpitd.averaging.receipt import (
     DroppedLine,
     LinkLine,
     LocalLine,
+    LossyLine,
+    LostLine,
     MemberLine,
     Outcome,
     Receipt,
@@ -38,8 +40,22 @@ from moshpitd.averaging.session import Call, SessionOptions, SessionStatus
 from moshpitd.averaging.vector import Vector
 from moshpitd.driver import Averaged, PeerLine, ProgressNote
 from moshpitd.households import HouseholdLine, TrainerLine
+from moshpitd.local.translate import DatagramLine
 
 ME, OTHER, LOST = (PeerId(digit * 64) for digit in "123")
+DATAGRAMS = DatagramLine(sent=7, received=6, refused=1)
+LOST_SOME = LossyLine(
+    estimator="difference",
+    links=(LostLine(OTHER, sent=40, lost=4, blocked=False),),
+    ranges=80,
+    repaired=3,
+    unrepaired=1,
+    stale=((0, 2),),
+    stale_elements=2,
+    deadline_s=0.5,
+    late=6,
+    duplicates=5,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,7 @@ class ScriptedInfo:
     bulk_port: int = 7601
     up_bytes_s: float = 1.25e7
     down_bytes_s: float = 0.0
+    datagrams: DatagramLine = DATAGRAMS
     config_values: tuple[Setting, ...] = (Setting("swarm", "test", "flag"), Setting("grid", "auto", "default"))
 
 
@@ -87,6 +104,8 @@ def receipt(outcome: Outcome, vector: Vector, weight: float) -> Receipt:
         codec_why="auto: no member knows yet what its line carries",
         bits_per_element=32.0,
         relative_error=0.25,
+        transport_why="lossy as asked for",
+        lossy=LOST_SOME,
         transport="grpc",
         members=(MemberLine(ME, weight), MemberLine(OTHER, 2.0, 1)),
         links=(LinkLine(OTHER, "grpc"),),

@@ -316,6 +316,7 @@ async def test_operators_see_status_peers_rounds_and_configuration(door: Door) -
     assert (status.ready, status.peer_id, status.peers, status.pid) == (True, ME, 2, os.getpid())
     assert not status.HasField("dialable")
     assert (status.bandwidth.up_bytes_s, status.bandwidth.down_bytes_s) == (1.25e7, 0.0)
+    assert (status.datagrams.sent, status.datagrams.received, status.datagrams.refused) == (7, 6, 1)
     [session] = status.sessions
     assert (session.name, session.vector_bytes, list(session.cell)) == ("training", 20, [1, 3])
     assert dict(session.averagings) == {"complete": 3}

@@ -173,6 +173,9 @@ class LossyHouse:
     def stream_ended(self, session: Key, group_id: GroupId, phase: Phase, sender: Rank) -> None:
         self.feed(lambda machine: machine.stream_ended(phase, sender, self.now))
 
+    def path_measured(self, session: Key, group_id: GroupId, rank: Rank, round_trip_s: float) -> None:
+        self.feed(lambda machine: machine.path_measured(rank, round_trip_s))
+
     def path_blocked(self, session: Key, group_id: GroupId, rank: Rank) -> None:
         self.blocked.append(rank)
         self.feed(lambda machine: machine.path_blocked(rank, self.now))

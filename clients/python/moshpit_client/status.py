@@ -81,6 +81,18 @@ class Bandwidth(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Datagrams(Record):
+    """Packets of lossy rounds, since the daemon was started."""
+
+    sent: int
+    received: int
+    refused: int
+    """Dropped before any work: damaged, forged, repeated, or of no round that was open."""
+    peers_blocked: int
+    """Between whom and the daemon none passed, lately."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status(Record):
     """How the daemon is doing."""
 
@@ -104,6 +116,7 @@ class Status(Record):
     dialable: bool | None
     """Whether other peers can dial it; None while unknown."""
     bandwidth: Bandwidth
+    datagrams: Datagrams
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +159,12 @@ def read_status(message: pb.GetStatusResponse) -> Status:
         draining=message.draining,
         dialable=message.dialable if message.HasField("dialable") else None,
         bandwidth=Bandwidth(message.bandwidth.up_bytes_s, message.bandwidth.down_bytes_s),
+        datagrams=Datagrams(
+            message.datagrams.sent,
+            message.datagrams.received,
+            message.datagrams.refused,
+            message.datagrams.peers_blocked,
+        ),
     )
 
 

@@ -36,6 +36,10 @@ class Agreement(Checker):
     def round_ended(self, record: RoundRecord) -> None:
         self.looked += 1
         receipt = record.receipt
+        if receipt.lossy is not None:  # members of a lossy round differ where one of them missed an average
+            if receipt.digest:
+                self.complain(record.at, f"{record.peer.name} has a digest of a lossy round")
+            return
         held = hashlib.sha256(record.output.tobytes()).digest()
         name, digest, bits = self._first.setdefault(receipt.group_id, (record.peer.name, receipt.digest, held))
         where = f"group {receipt.group_id.hex()[:8]} of round {receipt.averaging}.{receipt.round}"

@@ -1,11 +1,13 @@
-"""Every committed value equals the float64 weighted mean of the contributors that its receipt names, or their sum."""
+"""Every committed value equals the float64 weighted mean of the contributors that its receipt names, or their sum.
+
+Of a lossy round it is judged what kept its own values. Whether its estimates lean, another checker asks."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from moshpitd.averaging.codecs import rules_of
-from moshpitd.averaging.receipt import SpanLine
+from moshpitd.averaging.receipt import LossyLine, SpanLine
 from moshpitd.simulation.checkers.checker import Checker
 from moshpitd.simulation.history import SUMMED, RoundRecord
 
@@ -21,12 +23,16 @@ class HonestReceipts(Checker):
         where = f"{record.peer.name}'s round {receipt.averaging}.{receipt.round}"
         weights = {line.peer: line.weight for line in receipt.members}
         covered = 0
+        if receipt.lossy is not None:
+            self._judge_stale(record, receipt.lossy, where)
         for span in receipt.spans:
             if span.start != covered:
                 self.complain(record.at, f"{where}: its spans leave out {covered} to {span.start}")
             covered = span.stop
             if missing := [peer for peer in span.contributors if peer not in group.inputs or peer not in weights]:
                 self.complain(record.at, f"{where}: names {missing[0][:8]}, which never began this group")
+                continue
+            if receipt.lossy is not None:
                 continue
             if receipt.stage == SUMMED:
                 self._judge_sum(record, span, where)
@@ -56,6 +62,14 @@ class HonestReceipts(Checker):
         total = sum(record.group.inputs[peer][span.start : span.stop] for peer in counting)
         if not np.array_equal(record.output[span.start : span.stop], total):
             self.complain(record.at, f"{where}: {span.start} to {span.stop} is not the sum of {len(counting)}")
+
+    def _judge_stale(self, record: RoundRecord, lossy: LossyLine, where: str) -> None:
+        own = record.group.inputs[record.peer.id]
+        for start, stop in lossy.stale:
+            if not np.array_equal(record.output[start:stop], own[start:stop]):
+                self.complain(record.at, f"{where}: {start} to {stop} was missed, and holds other values than its own")
+        if not lossy.stale_elements >= sum(stop - start for start, stop in lossy.stale):
+            self.complain(record.at, f"{where}: more was missed than is counted")
 
     def _judge_end(self, record: RoundRecord, covered: int, where: str) -> None:
         if covered != len(record.output):

@@ -1669,6 +1669,7 @@ class GetStatusResponse(_message.Message):
     DIALABLE_FIELD_NUMBER: _builtins.int
     BANDWIDTH_FIELD_NUMBER: _builtins.int
     BULK_PORT_FIELD_NUMBER: _builtins.int
+    DATAGRAMS_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """True once it is part of its swarm and takes rounds."""
     peer_id: _builtins.str
@@ -1703,6 +1704,10 @@ class GetStatusResponse(_message.Message):
     def bandwidth(self) -> Global___Bandwidth:
         """What its line carried."""
 
+    @_builtins.property
+    def datagrams(self) -> Global___Datagrams:
+        """Packets of lossy rounds."""
+
     def __init__(
         self,
         *,
@@ -1721,16 +1726,51 @@ class GetStatusResponse(_message.Message):
         dialable: _builtins.bool | None = ...,
         bandwidth: Global___Bandwidth | None = ...,
         bulk_port: _builtins.int = ...,
+        datagrams: Global___Datagrams | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "bandwidth", b"bandwidth", "dialable", b"dialable"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "bandwidth", b"bandwidth", "datagrams", b"datagrams", "dialable", b"dialable"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "announce", b"announce", "bandwidth", b"bandwidth", "bulk_port", b"bulk_port", "dialable", b"dialable", "draining", b"draining", "listen", b"listen", "peer_id", b"peer_id", "peers", b"peers", "pid", b"pid", "ready", b"ready", "sessions", b"sessions", "swarm", b"swarm", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dialable", b"_dialable", "announce", b"announce", "bandwidth", b"bandwidth", "bulk_port", b"bulk_port", "datagrams", b"datagrams", "dialable", b"dialable", "draining", b"draining", "listen", b"listen", "peer_id", b"peer_id", "peers", b"peers", "pid", b"pid", "ready", b"ready", "sessions", b"sessions", "swarm", b"swarm", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dialable: _TypeAlias = _typing.Literal["dialable"]  # noqa: Y015
     _WhichOneofArgType__dialable: _TypeAlias = _typing.Literal["_dialable", b"_dialable"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dialable) -> _WhichOneofReturnType__dialable | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class Datagrams(_message.Message):
+    """Packets of lossy rounds, since the daemon was started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENT_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    PEERS_BLOCKED_FIELD_NUMBER: _builtins.int
+    sent: _builtins.int
+    """To other peers."""
+    received: _builtins.int
+    """From other peers, genuine and new."""
+    refused: _builtins.int
+    """That were dropped before any work: damaged, forged, repeated, or of no round that is open here."""
+    peers_blocked: _builtins.int
+    """Peers between whom and this daemon none passed, lately."""
+    def __init__(
+        self,
+        *,
+        sent: _builtins.int = ...,
+        received: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        peers_blocked: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers_blocked", b"peers_blocked", "received", b"received", "refused", b"refused", "sent", b"sent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Datagrams: _TypeAlias = Datagrams  # noqa: Y015
 
 @_typing.final
 class Bandwidth(_message.Message):
