@@ -13,7 +13,7 @@ the end. Increments would drift for ever.
 |------------|----------------------------------------------------------|---------------------------------------|
 | EXCHANGING | packets go to and fro                                    | all spans over, all sent -> COMMITTED |
 | COMMITTED  | the result stands; what is missing in it kept our values | (none)                                |
-| FAILED     | alone, or nobody has weight; values untouched            | (none)                                |
+| FAILED     | alone, out of time, nobody has weight; values untouched  | (none)                                |
 
 A range of which nothing arrived from anybody is asked for again, once, over the reliable streams (`RangesWanted`); so
 is everything of a member whose every packet is lost while its messages come. Where the door finds that no datagram
@@ -60,6 +60,7 @@ from moshpitd.averaging.unbiased import Flags, Form, Heard, estimate
 from moshpitd.averaging.vector import DTYPES, Floats, Vector, first_non_finite
 from moshpitd.averaging.weighted_mean import scaled_weights
 
+LAST_JOBS_SHARE = 0.1
 BLOCKED_TOLD_MAX = 32
 BLOCKED_PACKETS = 10
 """So many packets in a row are not lost by chance where others get through: 1 in 1,000 at half lost."""
@@ -76,6 +77,8 @@ class LossyConfig:
     left_s: float = 0.25
     """One that left, or whose connection broke, may have done all it owed us: its last packets, and the word that they
     were the last, are waited for so long."""
+    last_jobs_s: float = 0.5
+    """So long before the caller's time is up, or a tenth of it, nothing is waited for any more but our own jobs."""
     again_s: float = 600.0
     """A path on which no datagram passed is believed to be blocked for so long."""
     still_s: float = 5.0
@@ -274,6 +277,8 @@ class LossyReduce:
         self._closed_at = self._gather_until = math.inf
         """The others close their spans by `_close_at` too, as far as we can know."""
         self._deadline = min(now + group.budget_s, deadline)
+        self._last_call = self._deadline - min(config.last_jobs_s, LAST_JOBS_SHARE * (self._deadline - now))
+        """What is not here by then is not waited for: it is time for the last jobs."""
         self._is_out_of_time = False
         self._emit(OpenStreams(group, rank, codec.name))
         self._log(f"reducing, lossy: group of {n}, rank {rank}, {self._ranges.total} packet ranges")
@@ -401,7 +406,11 @@ class LossyReduce:
         lines: list[SpanLine] = []
         for rank, peer in enumerate(peers):
             start, stop = self.group.spans[rank], self.group.spans[rank + 1]
-            heard = [r for r in range(len(peers)) if self._weights[r] > 0 and (rank != self.rank or self._came_from(r))]
+            heard = [
+                r
+                for r in range(len(peers))
+                if self._weights[r] > 0 and r not in self._dropped and (rank != self.rank or self._came_from(r))
+            ]
             if stop > start:
                 lines.append(SpanLine(peer, start, stop, tuple(peers[r] for r in heard)))
         return tuple(lines)
@@ -534,7 +543,7 @@ class LossyReduce:
     def next_deadline(self) -> float | None:
         if self.finished:
             return None
-        moments = [] if self._is_out_of_time else [self._deadline]
+        moments = [self._deadline if self._is_out_of_time else self._last_call]
         if not self._is_closed:
             moments.append(min(self._close_at, self._scatter_through_at()))
         elif self._wanted():
@@ -609,7 +618,10 @@ class LossyReduce:
         """Everything that a packet, a job or a moment may have brought about."""
         if self.finished:
             return
-        self._is_out_of_time = is_out_of_time = now >= self._deadline
+        if now >= self._deadline:
+            self._become_failed("time ran out before what had come was worked off")
+            return
+        self._is_out_of_time = is_out_of_time = now >= self._last_call
         for rank, (until, why) in list(self._leaving.items()):
             if rank in self._live and now >= until and self._owes(rank):
                 self._drop(rank, why, now)
@@ -747,10 +759,11 @@ class LossyReduce:
 
     def _account(self, now: float) -> None:
         """Who was not heard at all, and between whom and us no datagram passes."""
-        for half, what in ((self._contributions, "nothing of its values"), (self._averages, "no average of its")):
+        for half, what in ((self._contributions, "nothing of its values"), (self._averages, "no average of its span")):
             for rank, stream in half.items():
-                is_silent = stream.ended_at is None or stream.total >= BLOCKED_PACKETS
-                if stream.total and stream.lost == stream.total and is_silent:
+                every = self._streams_of(rank)
+                is_chance = sum(each.total for each in every) < BLOCKED_PACKETS or any(e.arrived.any() for e in every)
+                if stream.total and stream.lost == stream.total and (stream.ended_at is None or not is_chance):
                     self._dropped.setdefault(rank, f"{what} came in time")
         for rank in self._others():
             peer, streams = self.group.members[rank].peer, self._streams_of(rank)
@@ -760,8 +773,8 @@ class LossyReduce:
             # Else it stood still, or is dead; and where packets came after all, we stood still.
             elif any(stream.repaired.any() for stream in streams) and not any(stream.late for stream in streams):
                 self._paths.blocked.setdefault(peer, now + self._config.again_s)
-        every = (*self._contributions.values(), *self._averages.values())
-        if self._is_out_of_time and any(stream.lost for stream in every):
+        streams = [*self._contributions.values(), *self._averages.values()]
+        if self._is_out_of_time and any(stream.lost for stream in streams):
             self.why = self.why or "the time was over before all was here"
 
     def _become_failed(self, why: str) -> None:
@@ -805,9 +818,9 @@ class LossyReduce:
                 entries.append(Entry(rank, coordinate, self._weights[rank], 0.0, None, np.ones(cut.count, np.bool_)))
                 continue
             stream = self._contributions[rank]
-            loss = self._paths.losses.of(self.group.members[rank].peer, peers)
             slots = stream.slots.pop(cut.first, None) or Slots(cut, stream.coding)
-            entries.append(Entry(rank, coordinate, self._weights[rank], loss, slots, stream.arrived[at].copy()))
+            loss, arrived = self._paths.losses.of(self.group.members[rank].peer, peers), stream.arrived[at].copy()
+            entries.append(Entry(rank, coordinate, self._weights[rank], loss, slots, arrived))
         empty = self._contributions and not np.any([e.arrived for e in entries if e.slots], axis=0).all()
         if self._contributions:
             self.repaired += int(np.any([s.repaired[at] for s in self._contributions.values()], axis=0).sum())

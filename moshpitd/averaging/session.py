@@ -784,7 +784,7 @@ class Session:
             moments.append(self._current.next_word)
             if self.state is State.GATHERING:
                 moments.append(self._current.deadline)
-            elif self.state is not State.COMPUTING:  # its jobs end soon, and are waited for
+            elif self.state is State.MATCHING:  # jobs end soon, and reductions know it too
                 moments.append(self._current.rounds_until)
             if self.state is State.GATHERING:
                 moments.append(self._current.next_look_up)

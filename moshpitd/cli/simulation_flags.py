@@ -20,15 +20,28 @@ from moshpitd.averaging.cohort import COHORT_MAX
 from moshpitd.averaging.compressors import check_compressor
 from moshpitd.averaging.errors import InvalidInput
 from moshpitd.averaging.grid import parse_sides
+from moshpitd.averaging.transport import Transport
 from moshpitd.simulation.network import Link, Span, Weather
+from moshpitd.simulation.packet_loss import LossModel
 from moshpitd.simulation.stragglers import Straggler, StragglersOptions
-from moshpitd.simulation.workloads import Absence, Crowd, InStepOptions, LinkClass, MixedOptions, Parting
+from moshpitd.simulation.workloads import (
+    NOTHING_LOST,
+    Absence,
+    Crowd,
+    InStepOptions,
+    LinkClass,
+    MixedOptions,
+    Parting,
+)
 
 Options = InStepOptions | MixedOptions | StragglersOptions
 
 PEERS_DEFAULT = 16
 STRAGGLERS_PEERS_DEFAULT = 8
-OF_MIXED = {"workload", "compressor", "peers", "seed", "seeds", "trace", "as_json"}
+OF_MIXED = {
+    *("workload", "compressor", "peers", "seed", "seeds", "trace", "as_json"),
+    *("transport", "reliable_every", "packet_loss"),
+}
 """The flags that say something to the mixed workload; the rest it draws from the seed."""
 OF_STRAGGLERS = {
     "averaging",
@@ -45,6 +58,8 @@ OF_ALL = {"peers", "seed", "seeds", "vector_bytes", "delay", "crash", "timeout",
 """... and those that they share with swarms in step."""
 OF_DROP_COMPUTE = {"micro_batches", "micro_batch", "noise", "exchange"}
 """The flags that say something to `--drop-compute` only."""
+LOSSY_BYTES = 1e6
+"""Where packets may be lost: a vector large enough that each reducer has some."""
 CHUNK_ELEMENTS = 4096
 """Spans begin at multiples of this, so a vector on paper needs as many for each reducer."""
 
@@ -64,6 +79,10 @@ class SimulationFlags(TypedDict):
     barrier_every: int
     lockstep: bool
     compressor: str
+    transport: str
+    reliable_every: int
+    packet_loss: str | None
+    update: float
     peers: int | None
     grid: str
     group_size_max: int
@@ -159,8 +178,10 @@ def _mixed(flags: SimulationFlags, typed: Collection[str]) -> MixedOptions:
             f"{strange}: the mixed workload draws its faults, links and sizes from --seed; "
             "--workload in-step takes them from you"
         )
+    transport, packet_loss = _transport(flags)
     try:
-        options = MixedOptions(seed=flags["seed"], compressor=check_compressor(flags["compressor"]))
+        compressor = check_compressor(flags["compressor"])
+        options = MixedOptions(flags["seed"], compressor=compressor, transport=transport, packet_loss=packet_loss)
     except InvalidInput as error:
         raise click.BadParameter(str(error), param_hint="'--compressor'") from error
     peers = flags["peers"]
@@ -179,6 +200,7 @@ def _in_step(flags: SimulationFlags) -> InStepOptions:
             param_hint="'--grid'",
         )
     joiners = _each("--join", flags["join"], _crowd)
+    transport, packet_loss = _transport(flags)
     options = InStepOptions(
         peers=peers,
         grid="x".join(map(str, sides)),
@@ -199,7 +221,12 @@ def _in_step(flags: SimulationFlags) -> InStepOptions:
         leavers=_each("--leave", flags["leave"], _crowd),
         slow_trainers=flags["slow_trainers"],
         slow_s=flags["slow_seconds"],
+        transport=transport,
+        packet_loss=packet_loss or NOTHING_LOST,
+        update=flags["update"],
     )
+    if transport.may_lose:  # each reducer has packets
+        options = replace(options, elements=_elements(LOSSY_BYTES, options, sides))
     dates = (
         *(("--burst", burst.at) for burst in options.bursts),
         *(("--partition", parting.at) for parting in options.partings),
@@ -216,6 +243,20 @@ def _in_step(flags: SimulationFlags) -> InStepOptions:
         return options
     size = _read("--vector-bytes", flags["vector_bytes"], amount)
     return replace(options, vector_bytes=size, elements=_elements(size, options, sides))
+
+
+def _transport(flags: SimulationFlags) -> tuple[Transport, LossModel | None]:
+    """What sessions ask for, and what becomes of their packets."""
+    transport = Transport(flags["transport"], flags["reliable_every"])
+    try:
+        transport.check()
+    except InvalidInput as error:
+        raise click.BadParameter(str(error), param_hint="'--transport'") from error
+    if flags["packet_loss"] is None:
+        return transport, None
+    if not transport.may_lose:
+        raise click.UsageError("--packet-loss: with --transport reliable nothing travels as packets; say lossy or auto")
+    return transport, _read("--packet-loss", flags["packet_loss"], _packet_loss)
 
 
 def _weather(flags: SimulationFlags) -> Weather:
@@ -360,6 +401,17 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise ValueError(f"has {text!r} for a share: write a number from 0 to 1")
     return share
+
+
+def _packet_loss(text: str) -> LossModel:
+    """ "0.1", or "0.1:8" for bursts of eight packets."""
+    share, colon, length = text.partition(":")
+    loss = _loss(share)
+    if not colon:
+        return LossModel.even(loss)
+    if not length.isdecimal() or not int(length):
+        raise ValueError("is no loss: write a share, and with a colon how many packets a burst takes, as in 0.1:8")
+    return LossModel.bursts(loss, length=float(length))
 
 
 def _loss(text: str) -> float:

@@ -200,6 +200,8 @@ class Swarm:
         self._held: defaultdict[tuple[PeerId, PeerId], list[Callable[[], None]]] = defaultdict(list)
         """What waits for a partition to heal."""
         self._pumping: set[tuple[GroupId, PeerId, PeerId]] = set()
+        self._last_packets: dict[tuple[PeerId, PeerId], float] = {}
+        """When those under way from one to another arrive."""
         self._torn: set[tuple[GroupId, frozenset[PeerId]]] = set()
         """Streams that broke."""
 
@@ -706,6 +708,8 @@ class Swarm:
         packets = burst.encode()
         size = sum(each.rows.size for each in packets) * self.network.bytes_scale
         moment = self.network.arrival(peer.id, other.id, size, self.weather.message, self.now, resent=False)
+        way = (peer.id, other.id)  # packets overtake each other by little, and bursts do not
+        moment = self._last_packets[way] = max(moment, self._last_packets.get(way, 0.0))
         for each in packets:
             kept = np.array([self.packets.arrives(peer.id, other.id) for _ in each.numbers], np.bool_)
             if kept.any():

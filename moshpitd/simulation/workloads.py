@@ -24,6 +24,7 @@ from moshpitd.averaging.all_reduce import AllReduceConfig
 from moshpitd.averaging.grid import parse_sides
 from moshpitd.averaging.receipt import Outcome, Receipt
 from moshpitd.averaging.session import Call, SessionConfig
+from moshpitd.averaging.transport import EVERYTHING_ARRIVES, Transport
 from moshpitd.averaging.vector import Vector
 from moshpitd.simulation.checkers import (
     Agreement,
@@ -31,14 +32,18 @@ from moshpitd.simulation.checkers import (
     Checker,
     Conservation,
     Contraction,
+    Drift,
     HonestReceipts,
     Leaks,
     Liveness,
+    Unbiasedness,
 )
+from moshpitd.simulation.checkers.unbiasedness import LEAN_MAX, LEAN_MAX_IN_BURSTS
 from moshpitd.simulation.clock import Stuck
 from moshpitd.simulation.faults import Mischief, Odds
 from moshpitd.simulation.history import History
 from moshpitd.simulation.network import Link, Weather
+from moshpitd.simulation.packet_loss import LossModel, PacketLoss
 from moshpitd.simulation.swarm import Ending, Observer, Peer, Swarm, options_for
 
 AGREED = 1e-9
@@ -48,6 +53,7 @@ STEP_S = 10.0
 """How long a step of training takes, calm averaging included: longer than the slowest links need."""
 STAGES = 3
 """... and so many times longer where a compressor has stages: on three axes they are nine rounds."""
+NOTHING_LOST = LossModel()
 Values = npt.NDArray[np.float32]
 
 
@@ -120,6 +126,12 @@ class InStepOptions:
     slow_s: float = 2.0
     apart_s: float = 0.01
     """How far apart the others call."""
+    transport: Transport = EVERYTHING_ARRIVES
+    packet_loss: LossModel = NOTHING_LOST
+    """What becomes of lossy rounds' packets."""
+    update: float = 0.0
+    """Standard deviation of what each trainer adds to its values before each averaging: with some of it swarms drift,
+    without they agree."""
 
 
 @dataclass(slots=True)
@@ -211,10 +223,19 @@ class Run:
             self.liveness,
             self.contraction,
         ]
+        self.drift = Drift()
         self.tally = Tally()
-        self.swarm.observers += [History(list(self.checkers)), self.tally]
+        self.history = History(list(self.checkers))
+        self.swarm.observers += [self.history, self.tally]
         self.rng = random.Random(seed ^ 0x5EED)
         self.values_of = np.random.default_rng([seed, 0xDA7A])
+
+    def let_lose(self, loss: LossModel) -> None:
+        """Packets are lost, and nothing else: then members must not drift apart, nor estimates lean."""
+        self.swarm.packets = PacketLoss(loss, self.swarm.rng)
+        unbiasedness = Unbiasedness(LEAN_MAX_IN_BURSTS if loss.to_bad else LEAN_MAX)
+        self.checkers += [self.drift, unbiasedness]
+        self.history.watchers.append(unbiasedness)
 
     def finish(self, *, settle_s: float = 40.0) -> Report:
         """Let everything come to rest, then look a last time."""
@@ -273,6 +294,8 @@ class InStep:
         self._opened = 0
         self._clean = 0
         """Averagings in a row in which nobody was absent and nothing failed."""
+        if options.transport.may_lose:
+            self._run.let_lose(options.packet_loss)
         self._lines = [c.link for c in options.classes for _ in range(c.count)]
         if options.vector_bytes:
             self.swarm.network.bytes_scale = options.vector_bytes / (4 * options.elements)
@@ -327,7 +350,11 @@ class InStep:
                 at = swarm.now + rng.uniform(0, 0.1)
                 swarm.at(at, lambda p=peer: swarm.pause(p))  # type: ignore[misc]
                 swarm.at(at + rng.uniform(0, options.pause_s), lambda p=peer: swarm.resume(p))  # type: ignore[misc]
-        before = report.spreads[-1] if clean else self._spread()
+        if options.update:
+            for peer in living:
+                step = self._run.values_of.normal(scale=options.update, size=options.elements)
+                self._held[peer] = (self._held[peer] + step).astype(np.float32)
+        before = report.spreads[-1] if clean and not options.update else self._spread()
         plan_of = present[0].machine if present else None
         endings = self._average(present, k)
         for peer, ending in endings.items():
@@ -339,7 +366,9 @@ class InStep:
         report.grid = plan_of.status(swarm.now).grid if plan_of else report.grid
         sides = parse_sides(report.grid) if report.grid else (1,)
         rounds = options.rounds or len(sides)
-        full = math.prod(sides) == len(living) == len(swarm.living())
+        full = math.prod(sides) == len(living) == len(swarm.living()) and not options.transport.may_lose
+        if options.update:
+            self._run.drift.in_step(swarm.now, 2 * after, options.update**2)
         self._clean = self._clean + 1 if clean and not absent else 0
         report.theory.append(self._factor(k, sides, full=full))
         if report.rounds_to_agreement is None and after < AGREED and len(swarm.living()) > 1:
@@ -419,7 +448,7 @@ class InStep:
             self._opened += 1
             link = self._lines[number] if number < len(self._lines) else None
             held = self._run.values_of.normal(size=options.elements).astype(np.float32)
-            session = options_for(held, rounds=options.rounds, joining="contribute")
+            session = options_for(held, rounds=options.rounds, joining="contribute", transport=options.transport)
             self._held[self.swarm.open(f"p{number}", session, link=link)] = held
 
     def _spread(self) -> float:
@@ -440,6 +469,9 @@ class MixedOptions:
     calm_averagings: int = 2
     """... and must then do so this often."""
     compressor: str = "dense"
+    transport: Transport = EVERYTHING_ARRIVES
+    packet_loss: LossModel | None = None
+    """What becomes of lossy rounds' packets; None: drawn, and between some pairs none passes."""
 
 
 class Calm(Observer):
@@ -557,6 +589,7 @@ class Mixed:
         self._rounds = dice.choice([0, 0, 1])
         self._shape: tuple[int, ...] = (self._elements,)
         self._is_dense = options.compressor == "dense"
+        self._is_exact = self._is_dense and not options.transport.may_lose
         self._step_s = STEP_S if options.compressor.startswith("dense") else STAGES * STEP_S
         if not self._is_dense:
             self._elements = dice.choice([40 * 96, 6 * 4096 + 512])
@@ -574,6 +607,13 @@ class Mixed:
         self._run = Run(options.seed, config, weather, Report("mixed faults", options.seed, self._peers))
         self.swarm = self._run.swarm
         self._opened = 0
+        self._walled = 0.0
+        """The share of pairs between which no datagram passes."""
+        if options.transport.may_lose:
+            even, bursts = LossModel.even(dice.choice([0.0, 0.01, 0.1, 0.3])), LossModel.bursts(0.1, length=8)
+            drawn = dice.choice([even, even, bursts])
+            self._walled = dice.choice([0.0, 0.0, 0.1, 1.0])
+            self.swarm.packets = PacketLoss(options.packet_loss or drawn, self.swarm.rng)
 
     @_without_cycle_search()
     def run(self) -> Report:
@@ -599,7 +639,8 @@ class Mixed:
         everybody, exactly, and go on to do so."""
         swarm, rng, options = self.swarm, self._run.values_of, self.options
         given = {peer: rng.normal(size=self._elements).astype(np.float32) for peer in swarm.living()}
-        calm = Calm(given, exact=not self._rounds and self._is_dense, same=not self._rounds and not self._is_dense)
+        is_same = not self._rounds and not self._is_dense and not options.transport.may_lose
+        calm = Calm(given, exact=not self._rounds and self._is_exact, same=is_same)
         swarm.observers.append(calm)
         for peer, values in given.items():
             self._call_in_step(peer, packed(values, self._shape))
@@ -640,6 +681,7 @@ class Mixed:
             rounds=self._rounds,
             joining=self._joining,
             compressor=self.options.compressor,
+            transport=self.options.transport,
         )
         if restarted is not None:
             name, last_k, dialable = restarted.name, restarted.machine.last_k, restarted.dialable
@@ -648,6 +690,9 @@ class Mixed:
             name, dialable = f"p{self._opened}", dice.random() >= self._undialable
             self._opened += 1
             peer = swarm.open(name, options, dialable=dialable, link=dice.choice(self._links))
+            for other in swarm.peers.values() if self._walled else ():
+                if other is not peer and dice.random() < self._walled:
+                    swarm.no_datagrams.add(frozenset((peer.id, other.id)))
         pace = dice.uniform(0.5, 1.5)
         own = None if self._is_dense else dice.choice([1.0, 2.5])
 

@@ -1,4 +1,5 @@
-"""The sum of weight times value stays in a fault-free round, and with absences known before the group closed."""
+"""The sum of weight times value stays in a fault-free round, and with absences known before the group closed; in lossy
+rounds only on average, which another checker judges."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ class Conservation(Checker):
         self._rounds: dict[GroupId, list[RoundRecord]] = {}
 
     def round_ended(self, record: RoundRecord) -> None:
-        if record.receipt.stage == SUMMED:
+        if record.receipt.stage == SUMMED or record.receipt.lossy is not None:
             return
         group = record.group.group
         members = {member.peer for member in group.members if member.weight > 0}

@@ -29,6 +29,8 @@ class HonestReceipts(Checker):
             if span.start != covered:
                 self.complain(record.at, f"{where}: its spans leave out {covered} to {span.start}")
             covered = span.stop
+            if receipt.lossy is not None and span.reducer != record.peer.id:
+                continue  # whom its owner heard only the owner knows
             if missing := [peer for peer in span.contributors if peer not in group.inputs or peer not in weights]:
                 self.complain(record.at, f"{where}: names {missing[0][:8]}, which never began this group")
                 continue
