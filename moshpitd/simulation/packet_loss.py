@@ -62,15 +62,17 @@ class PacketLoss:
     def model(self, sender: PeerId, receiver: PeerId) -> LossModel:
         return self._by_link.get((sender, receiver), self._usual)
 
-    def arrives(self, sender: PeerId, receiver: PeerId) -> bool:
-        """The fate of the link's next packet."""
+    def arrives(self, sender: PeerId, receiver: PeerId, *, later: bool = False) -> bool:
+        """The fate of the link's next packet. `later`: it comes after a pause, in which every burst ends."""
         link, model = (sender, receiver), self.model(sender, receiver)
-        if model.to_bad:
+        if later:
+            self._bad.discard(link)
+        elif model.to_bad:
             if link in self._bad and self._rng.random() < model.to_good:
                 self._bad.discard(link)
             elif link not in self._bad and self._rng.random() < model.to_bad:
                 self._bad.add(link)
-        loss = model.bad if link in self._bad else model.good
+        loss = model.loss if later else model.bad if link in self._bad else model.good
         self.packets += 1
         arrives = not loss or self._rng.random() >= loss
         self.lost += not arrives

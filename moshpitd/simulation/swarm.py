@@ -719,7 +719,7 @@ class Swarm:
                 self.at(moment, partial(self._packets_arrive, other, peer, group_id, arrived))
         if burst.ends:
             for told in range(ENDS_MAX):
-                if self.packets.arrives(peer.id, other.id):
+                if self.packets.arrives(peer.id, other.id, later=told > 0):
                     ends = partial(self._stream_ends, other, group_id, burst.phase, our_rank)
                     self.at(moment + told * END_AGAIN_S, ends)
                     break

@@ -321,7 +321,7 @@ class InStep:
         return self._run.finish()
 
     def _more_to_come(self, k: int) -> bool:
-        return any(at > k for at in self._appointments())
+        return bool(self.options.update) or any(at > k for at in self._appointments())
 
     def _appointments(self) -> list[int]:
         """Before which averagings something special happens."""

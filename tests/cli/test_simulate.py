@@ -22,6 +22,21 @@ STORMY = (
 )
 
 
+def test_packets_are_lost_and_judged(moshpitd: Moshpitd) -> None:
+    words = ("--peers", "4", "--transport", "lossy", "--packet-loss", "0.1:4", "--averagings-max", "12")
+    done = moshpitd("simulate", *words, "--update", "0.5", "--reliable-every", "6")
+    assert done.returncode == 0, done.stdout
+    assert "12 drift" in done.stdout
+    assert "unbiasedness" in done.stdout
+    for strange, why in (
+        (("--packet-loss", "0.1"), "nothing travels as packets"),
+        (("--transport", "lossy", "--packet-loss", "2"), "is no loss"),
+        (("--reliable-every", "3"), "all its averagings are"),
+    ):
+        refused = moshpitd("simulate", *strange)
+        assert (refused.returncode, why in refused.stderr) == (2, True), refused.stderr
+
+
 def test_a_swarm_in_step_agrees_exactly_and_says_what_it_took(moshpitd: Moshpitd) -> None:
     done = moshpitd("simulate", "--peers", "16", "--grid", "4x4", "--seed", "3")
     assert done.returncode == 0, done.stderr
