@@ -56,12 +56,12 @@ from moshpitd.averaging.ranges import (
     payload_bytes,
 )
 from moshpitd.averaging.receipt import STALE_TOLD_MAX, DroppedLine, LossyLine, LostLine, SpanLine
+from moshpitd.averaging.transport import BLOCKED_TOLD_MAX
 from moshpitd.averaging.unbiased import Flags, Form, Heard, estimate
 from moshpitd.averaging.vector import DTYPES, Floats, Vector, first_non_finite
 from moshpitd.averaging.weighted_mean import scaled_weights
 
 LAST_JOBS_SHARE = 0.1
-BLOCKED_TOLD_MAX = 32
 BLOCKED_PACKETS = 10
 """So many packets in a row are not lost by chance where others get through: 1 in 1,000 at half lost."""
 

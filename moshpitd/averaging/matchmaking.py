@@ -53,7 +53,14 @@ from moshpitd.averaging.messages import (
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
 from moshpitd.averaging.partition import CHUNK_BYTES_MAX, chunk_bytes_of, known_rate, spans_of
 from moshpitd.averaging.ranges import PAYLOAD_BYTES_MAX
-from moshpitd.averaging.transport import EVERYTHING_ARRIVES, LOSSY, Transport, choose_transport
+from moshpitd.averaging.transport import (
+    EVERYTHING_ARRIVES,
+    LOSSY,
+    MEMBERS_MAX,
+    Transport,
+    choose_transport,
+    report_is_sound,
+)
 from moshpitd.averaging.vector import Layout
 
 AGREEMENT_BYTES_MAX = 32
@@ -939,6 +946,7 @@ def join_is_sound(join: Join) -> bool:
         and len(join.unreachable) <= UNREACHABLE_TOLD_MAX
         and len(join.cell) <= AXES_MAX
         and len(join.applicant.agreement) <= AGREEMENT_BYTES_MAX
+        and report_is_sound(join.applicant.paths)
     )
 
 
@@ -960,6 +968,8 @@ def is_sound(group: Group, layout: Layout) -> bool:
         )
         and 0 < group.budget_s < float("inf")
         and 4096 <= group.chunk_bytes <= CHUNK_BYTES_MAX
+        and all(report_is_sound(member.paths) for member in group.members)
+        and (not group.transport or len(group.members) <= MEMBERS_MAX)
     )
 
 

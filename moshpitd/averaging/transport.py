@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from moshpitd.averaging.errors import InvalidInput
 from moshpitd.averaging.losses import reliable_every
-from moshpitd.averaging.messages import Member
+from moshpitd.averaging.messages import Member, PathReport
 from moshpitd.averaging.partition import known_rate
 from moshpitd.averaging.ranges import PAYLOAD_BYTES_MAX
 
@@ -27,6 +27,10 @@ LOSS_FELT = 0.005
 PROBE_EVERY = 64
 """With auto, each so many averagings one is lossy where the paths were good: only lossy rounds measure."""
 MATHIS = 1.22
+MEMBERS_MAX = 256
+"""Of a lossy group: a packet names its sender by one byte."""
+BLOCKED_TOLD_MAX = 32
+"""Peers in a report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,8 @@ def choose_transport(transport: Transport, members: Sequence[Member], *, k: int,
     if not transport.may_lose:
         return TransportChoice(False, "")
     n, loss = len(members), max(member.paths.loss for member in members)
+    if n > MEMBERS_MAX:
+        return TransportChoice(False, f"reliable: a lossy group has at most {MEMBERS_MAX} members")
     blocked, pairs = _blocked_pairs(members), n * (n - 1) // 2
     if 2 * blocked > pairs:
         between = "the two" if n == 2 else f"{blocked} of {pairs} pairs of members"
@@ -115,6 +121,11 @@ def _auto(members: Sequence[Member], loss: float, k: int) -> TransportChoice:
     if (k + 1) % PROBE_EVERY == 1:
         return TransportChoice(True, f"lossy, to measure the paths anew; last time {measured}")
     return TransportChoice(False, f"reliable: {measured}, which slows nobody")
+
+
+def report_is_sound(report: PathReport) -> bool:
+    """Whether one from outside can be true."""
+    return 0 <= report.loss <= 1 and report.round_trip_s >= 0 and len(report.blocked) <= BLOCKED_TOLD_MAX
 
 
 def _blocked_pairs(members: Sequence[Member]) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from moshpitd.averaging.losses import reliable_every
 from moshpitd.averaging.messages import Member, PathReport
-from moshpitd.averaging.transport import Transport, TransportChoice, choose_transport
+from moshpitd.averaging.transport import Transport, TransportChoice, choose_transport, report_is_sound
 from tests.averaging.group_on_paper import group_of, normal_vectors, peer
 
 LOSSY, AUTO = Transport("lossy"), Transport("auto")
@@ -57,6 +57,19 @@ def test_a_group_of_firewalls_is_reliable_and_a_single_one_is_not() -> None:
     assert "between the two" in chosen(AUTO, [replace(GOOD, blocked=everybody)] * 2).why
     strangers = [replace(GOOD, blocked=(peer(77), peer(78)))] * 3
     assert chosen(LOSSY, strangers).is_lossy, "others are no matter of this group"
+
+
+def test_a_group_too_large_for_packets_is_reliable() -> None:
+    assert chosen(LOSSY, [GOOD] * 256).is_lossy
+    assert "at most 256 members" in chosen(LOSSY, [GOOD] * 257).why
+
+
+@pytest.mark.parametrize(
+    "report", [{"loss": 1.5}, {"loss": -0.1}, {"round_trip_s": -1.0}, {"blocked": (peer(1),) * 33}]
+)
+def test_a_report_that_cannot_be_true_is_not_believed(report: dict[str, object]) -> None:
+    assert report_is_sound(GOOD)
+    assert not report_is_sound(replace(GOOD, **report))  # type: ignore[arg-type]
 
 
 def test_auto_measures_first_and_takes_what_is_faster_then() -> None:
