@@ -15,8 +15,8 @@ class Outcome(Enum):
     """How well it went. None of these is an error."""
 
     COMPLETE = "complete"
-    """Every live, expected session of the line gave every span, in every round, and Ready came from all. In a lossy round:
-    everybody was heard; which parts of it were lost is told beside it."""
+    """Every live, expected session of the line gave every span, in every round, and Ready came from all. In a lossy
+    round: everybody was heard; which parts of it were lost is told beside it."""
     PARTIAL = "partial"
     """Anything less with at least one other."""
     ALONE = "alone"

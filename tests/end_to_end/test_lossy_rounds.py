@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.end_to_end.swarm import Array, Peer, Swarm, average_all, error, finish, mean, random_tensors, trainers
+from tests.end_to_end.swarm import (
+    DEADLINE_S,
+    Array,
+    Peer,
+    Swarm,
+    average_all,
+    error,
+    finish,
+    mean,
+    random_tensors,
+    trainers,
+)
 
 ELEMENTS = 300_000
 LOSSES = "tests.end_to_end.lossy_daemon"
@@ -134,3 +146,31 @@ def test_one_member_behind_a_firewall_is_reached_over_streams(four: list[Peer]) 
                         blocked = {link.peer for link in round_.lossy.links if link.blocked}
                         assert blocked == ({p.id for p in four[:2]} if peer is outside else {outside.id})
             assert error(there[0].tensors["w"], mean([t.began_with["w"] for t in there], [1.0] * 3)) < 1e-6
+
+
+def test_one_that_stands_still_or_dies_in_a_lossy_round_holds_nobody_up_for_long() -> None:
+    def large(index: int) -> dict[str, Array]:
+        return {"w": np.full(4_000_000, index, np.float32)}
+
+    with Swarm(launcher=(LOSSES, "0.05")) as swarm:
+        peers = swarm.start(4)
+        with trainers(peers, large, min_peers=2, transport="lossy", reliable_every=1000) as there:
+            for _ in range(3):
+                average_all(there)
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                seen = len(peers[3].lines)
+                futures = [trainer.average() for trainer in there]
+                peers[3].says("reducing, lossy", seen)
+                peers[3].signal(number)
+                receipts = [future.result(DEADLINE_S) for future in futures[:3]]
+                for receipt in receipts:
+                    assert receipt.outcome in ("partial", "complete")
+                    assert receipt.seconds.reduce < 15
+                peers[3].signal(signal.SIGCONT)
+                if number is signal.SIGSTOP:
+                    futures[3].result(DEADLINE_S)
+                else:
+                    assert futures[3].exception(DEADLINE_S) is not None
+            receipts = average_all(there[:3])
+            assert {receipt.outcome for receipt in receipts} <= {"complete", "partial"}
+            assert all(np.isfinite(trainer.tensors["w"]).all() for trainer in there[:3])
