@@ -680,6 +680,8 @@ class LossyReduce:
 
     def _given_up_at(self, stream: Inbound) -> float:
         """When averages that do not come are no longer waited for."""
+        if stream.is_hopeless:
+            return -math.inf
         if not stream.is_reliable:
             # An owner that nothing came of may wait for what it asked for again.
             is_silent = stream.ended_at is None and stream.lost == stream.total
@@ -709,7 +711,7 @@ class LossyReduce:
                 self._paths.losses.learn(self.group.members[rank].peer, sent=stream.total, lost=stream.lost)
         gone = self._blocked.union(self._leaving)
         usual = {rank: stream for rank, stream in heard.items() if rank not in gone}
-        if usual and not self._blocked:
+        if usual:
             empty = ~np.any([stream.arrived for stream in usual.values()], axis=0)
             if empty.any():
                 numbers = tuple(int(number) for number in np.flatnonzero(empty) + self._own_first)
@@ -726,6 +728,8 @@ class LossyReduce:
         for rank, stream in self._contributions.items():
             if stream.wanted.any() and rank in self._live:
                 self._log(f"{self._name(rank)} did not send {int(stream.wanted.sum())} ranges again in time")
+                if stream.lost == stream.total and rank in self._averages:
+                    self._averages[rank].is_hopeless = True
             stream.wanted[:] = False
 
     def _make_what_can_be(self) -> None:
@@ -1000,6 +1004,8 @@ class Inbound:
         self.late = 0
         """Packets that came when it was over."""
         self.is_over = False
+        self.is_hopeless = False
+        """Its sender did not answer when it was asked: what is not here will not come."""
         self.is_reliable = False
         """It comes over the reliable streams: its end on UDP says nothing."""
         self.ended_at: float | None = None

@@ -150,7 +150,7 @@ def test_one_member_behind_a_firewall_is_reached_over_streams(four: list[Peer]) 
 
 def test_one_that_stands_still_or_dies_in_a_lossy_round_holds_nobody_up_for_long() -> None:
     def large(index: int) -> dict[str, Array]:
-        return {"w": np.full(4_000_000, index, np.float32)}
+        return {"w": np.full(1_000_000, index, np.float32)}
 
     with Swarm(launcher=(LOSSES, "0.05")) as swarm:
         peers = swarm.start(4)
@@ -158,14 +158,15 @@ def test_one_that_stands_still_or_dies_in_a_lossy_round_holds_nobody_up_for_long
             for _ in range(3):
                 average_all(there)
             for number in (signal.SIGSTOP, signal.SIGKILL):
-                seen = len(peers[3].lines)
+                seen = [len(peer.lines) for peer in peers]
                 futures = [trainer.average() for trainer in there]
-                peers[3].says("reducing, lossy", seen)
+                for peer, lines in zip(peers, seen, strict=True):
+                    peer.says("reducing, lossy", lines)
                 peers[3].signal(number)
                 receipts = [future.result(DEADLINE_S) for future in futures[:3]]
                 for receipt in receipts:
                     assert receipt.outcome in ("partial", "complete")
-                    assert receipt.seconds.reduce < 15
+                    assert receipt.seconds.reduce < 20
                 peers[3].signal(signal.SIGCONT)
                 if number is signal.SIGSTOP:
                     futures[3].result(DEADLINE_S)
