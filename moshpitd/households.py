@@ -65,6 +65,11 @@ class Households:
         home = self._homes.get(options.name)
         if home is None:
             home = self._homes[options.name] = _Home(self._driver, options, self._config)
+        elif options.shards or home.options.shards:
+            raise Precondition(
+                f"session {options.name!r} has a trainer on this daemon, and a session with shards takes one a daemon, "
+                "which owns a shard: start another daemon for this trainer, or give its session another name"
+            )
         elif options.wait_avoidance or home.options.wait_avoidance:
             raise Precondition(
                 f"session {options.name!r} has a trainer on this daemon, and a wait-avoiding session takes one a "

@@ -81,6 +81,11 @@ class BudgetOptions:
                 "a compute budget does not go with wait-avoiding averaging: there nobody waits for the slowest, so "
                 "dropping would only lose samples, and models cannot be weighed by micro-batches; choose one of the two"
             )
+        if averaging == "shards":
+            raise InvalidInput(
+                "a compute budget in a session with shards: it weighs calls by their micro-batches, and every second "
+                "call there has none; leave one of the two out"
+            )
         if not 1 <= self.micro_batches <= MICRO_BATCHES_MAX:
             raise InvalidInput(f"micro_batches {self.micro_batches}: must be 1 to {MICRO_BATCHES_MAX}")
         if self.normalise and self.normalise not in NORMALISATIONS:

@@ -28,6 +28,10 @@ class Precondition(SessionError):
     """The call is sound but this swarm or session cannot take it: terms differ, session exists, epoch too far."""
 
 
+class ShardsChanged(Precondition):
+    """The others went on without this peer: what it owned has other owners."""
+
+
 class NoGroup(SessionError):
     """Time ran out before enough peers were there."""
 

@@ -330,6 +330,7 @@ class Household:
             epoch=epoch,
             trainers=len(shares),
             micro_batch_s=tuple(rows),
+            half=next(ask.call.half for ask in self._averaging.values()),  # with shards there is one trainer
         )
         self._effects.append(Average(call, tuple(shares)))
 

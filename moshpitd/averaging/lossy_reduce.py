@@ -21,8 +21,10 @@ passes between two, all they have for each other goes over those streams. What e
 is told: it is never zero.
 
 In groups that change, members go on with one carried weight, which cannot say which ranges somebody missed: where
-weights differ the averages travel over the reliable streams. Owners that stay (a cohort's) may use each half alone:
-`Part.SCATTER` for gradients, `Part.GATHER` for what their owner made of them.
+weights differ the averages travel over the reliable streams. Owners that stay (shards.py) use each half alone:
+`Part.SCATTER` for gradients, `Part.GATHER` for what their owner made of them; also where nothing may be lost. Then
+everything travels over the reliable streams and is waited for until the caller's time is up: means are exact, and after
+a gather all hold the same bits and the same digest.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from functools import partial
 
 import numpy as np
 
-from moshpitd.averaging.all_reduce import Outgoing
+from moshpitd.averaging.all_reduce import Outgoing, checksums
 from moshpitd.averaging.codecs import Codec, Coding
 from moshpitd.averaging.effects import CloseStreams, Compute, Effect, Log, OpenStreams, Send, Sendable
 from moshpitd.averaging.errors import RemoteProtocolError
@@ -187,13 +189,17 @@ class LossyReduce:
         deadline: float = math.inf,
         part: Part = Part.BOTH,
         form: Form = Form.DIFFERENCE,
+        is_reliable: bool = False,
     ) -> None:
-        """`deadline`: when our own caller's time is up."""
+        """`deadline`: when our own caller's time is up. `is_reliable`: nothing is lost, the reliable streams carry all;
+        of one half only, both together are an AllReduce."""
+        assert part is not Part.BOTH or not is_reliable
         self.group = group
         self.rank = rank
         self.state = State.EXCHANGING
         self.why = ""
         self.form = form
+        self.is_reliable = is_reliable
         self.bytes_sent = 0
         self.bytes_received = 0
         self.duplicates = 0
@@ -248,15 +254,19 @@ class LossyReduce:
         self._need_all = {Rank(r) for r in range(n) if whole and (self.averages_reliable or self._weights[r] <= 0)}
         """To whom averages travel over the reliable streams."""
         for stream in self._averages.values():
-            stream.is_reliable = rank in self._need_all
+            stream.is_reliable = is_reliable or rank in self._need_all
+        for stream in self._contributions.values():
+            stream.is_reliable = is_reliable
         self._is_closed = False
         """Of our span nothing is waited for but repairs."""
-        self._blocked: set[Rank] = set()
+        self._blocked: set[Rank] = set(self._others()) if is_reliable else set()
         """Whose packets do not arrive, by what we see ..."""
-        self._cut_off: set[Rank] = set()
+        self._cut_off: set[Rank] = set(self._blocked)
         """... or by what our door sees: what we have for them goes over the reliable streams too."""
         self._repair_until = math.inf
         self._stale: list[tuple[int, int]] = []
+        self._checksums: dict[int, bytes] = {}
+        """Of our result, where all hold the same, by the first range of each cut."""
 
         self._bursts: dict[Rank, deque[Burst]] = {r: deque() for r in self._others()}
         self._reliable: dict[Rank, deque[Outgoing]] = {r: deque() for r in self._others()}
@@ -265,7 +275,7 @@ class LossyReduce:
         """Since when nothing of ours was pulled: once all else is done, one that takes nothing is not waited for."""
         self._in_hand: set[tuple[Rank, bool]] = set()
         """Whose door pulled something, a burst or not, and may not have put it on the wire."""
-        self._resent: set[Rank] = set()
+        self._resent: set[Rank] = set(self._blocked)
         self._jobs: dict[int, Callable[[object], None]] = {}
         self._next_job = 0
         self._elements_sent = 0
@@ -273,15 +283,23 @@ class LossyReduce:
         scatter_bytes = sum(stream.size for stream in self._contributions.values())
         gather_bytes = sum(stream.size for stream in self._averages.values())
         self._sizes = scatter_bytes, gather_bytes
-        self._close_at = now + paths.scatter.seconds(scatter_bytes)
+        self._close_at = math.inf if is_reliable else now + paths.scatter.seconds(scatter_bytes)
         self._closed_at = self._gather_until = math.inf
         """The others close their spans by `_close_at` too, as far as we can know."""
+        self._may_ask: set[Rank] = set()
+        """Owners that may want ranges of ours again: in a scatter nothing else tells that they are done."""
+        self._may_ask_until = math.inf
+        self._is_enough_told = False
+        if part is Part.SCATTER and not is_reliable and self._weights[rank] > 0:
+            self._may_ask = {r for r in self._others() if group.spans[r] < group.spans[r + 1]}
         self._deadline = min(now + group.budget_s, deadline)
         self._last_call = self._deadline - min(config.last_jobs_s, LAST_JOBS_SHARE * (self._deadline - now))
         """What is not here by then is not waited for: it is time for the last jobs."""
         self._is_out_of_time = False
-        self._emit(OpenStreams(group, rank, codec.name))
-        self._log(f"reducing, lossy: group of {n}, rank {rank}, {self._ranges.total} packet ranges")
+        self._emit(OpenStreams(group, rank, "" if is_reliable else codec.name))
+        halves = "" if part is Part.BOTH else f", {part.value}"
+        kind = "reliable" if is_reliable else "lossy"
+        self._log(f"reducing, {kind}{halves}: group of {n}, rank {rank}, {self._ranges.total} packet ranges")
         if part is not Part.GATHER and not contributors:
             self._become_failed("nobody in the group has any weight")
             return
@@ -309,8 +327,10 @@ class LossyReduce:
 
     @property
     def digest(self) -> bytes:
-        """None: what members hold may differ."""
-        return b""
+        """None where what members hold may differ."""
+        if not self._same_at_all:
+            return b""
+        return digest("averages", self.codec_name, *(self._checksums[first] for first in sorted(self._checksums)))
 
     @property
     def bits_per_element(self) -> float:
@@ -347,12 +367,20 @@ class LossyReduce:
     @property
     def group_id(self) -> bytes:
         """One id at all members, though their bits may differ: a lossy round has no digest."""
+        if self._same_at_all:
+            return digest("group", self.group.group_id, *self.live)[:16]
         return digest("lossy group", self.group.group_id)[:16]
+
+    @property
+    def _same_at_all(self) -> bool:
+        """A gather that lost nothing: everybody holds what the owners gave."""
+        return self.is_reliable and self._has_averages and self.state is State.COMMITTED and not self._stale
 
     @property
     def is_complete(self) -> bool:
         """Everybody was heard, and every range of our own span has an average."""
-        return self.state is State.COMMITTED and not self.why and not self._dropped and not self.unrepaired
+        kept_back = self.is_reliable and self._stale
+        return self.state is State.COMMITTED and not (self.why or self._dropped or self.unrepaired or kept_back)
 
     def stale(self) -> list[tuple[int, int]]:
         """Elements [start, stop) that kept our own values; to be asked when it has committed."""
@@ -366,7 +394,7 @@ class LossyReduce:
     def link_losses(self) -> list[LinkLoss]:
         """What was lost on the way to us, by member."""
         lines: list[LinkLoss] = []
-        for rank in self._others():
+        for rank in [] if self.is_reliable else self._others():
             streams = [stream for stream in self._streams_of(rank) if not stream.is_reliable]
             if rank in self._blocked:
                 lines.append(LinkLoss(rank, 0, 0, is_blocked=True))
@@ -434,6 +462,10 @@ class LossyReduce:
         """A message of the sender proved by its channel. Raises RemoteProtocolError for nonsense."""
         if not isinstance(message, RangesWanted):
             raise RemoteProtocolError(f"{self._name(sender)} takes a lossy round for a reliable one")
+        if message.enough:
+            self._may_ask.discard(sender)
+            self._go_on(now)
+            return
         first, stop = self._ranges.span(sender)
         numbers = message.ranges or tuple(range(first, stop))
         if list(numbers) != sorted(set(numbers)) or not all(first <= number < stop for number in numbers):
@@ -553,6 +585,8 @@ class LossyReduce:
                 moments.append(min(self._through_at(stream), self._given_up_at(stream)))
         moments += [until for rank, (until, _) in self._leaving.items() if self._owes(rank)]
         moments.append(self._moved_at + self._config.still_s)
+        if self._is_closed and self._asking():
+            moments.append(self._may_ask_until)
         return min(moments, default=None)
 
     def next_burst(self, rank: Rank) -> Burst | None:
@@ -641,6 +675,11 @@ class LossyReduce:
                     if cut.piece.reducer == rank:
                         self._apply(cut, stream)
         is_done = not self._left_to_make and not self._jobs and all(s.is_over for s in self._averages.values())
+        if is_done and self._part is Part.SCATTER:
+            self._tell_enough()
+            if is_out_of_time or now >= self._may_ask_until:
+                self._may_ask.clear()
+            is_done = not self._asking()
         is_sent = not any(self._has_more_for(rank) for rank in self._others())
         if not is_done or self._pulls > self._pulls_seen:
             self._pulls_seen, self._moved_at = self._pulls, now
@@ -659,6 +698,16 @@ class LossyReduce:
             return False  # nothing came of it either way
         in_hand = {(rank, False), (rank, True)} & self._in_hand
         return bool(in_hand or self._bursts[rank] or self._reliable[rank])
+
+    def _asking(self) -> set[Rank]:
+        """Who may still want ranges again."""
+        return (self._may_ask & self._live).difference(self._leaving)
+
+    def _tell_enough(self) -> None:
+        if not self._is_enough_told and not self.is_reliable:
+            self._is_enough_told = True
+            for rank in sorted(self._contributions.keys() & self._live):
+                self._tell(rank, RangesWanted(self.group.group_id, (), enough=True))
 
     def _owes(self, rank: Rank) -> bool:
         """Whether it has something for us that is waited for."""
@@ -682,6 +731,8 @@ class LossyReduce:
         """When averages that do not come are no longer waited for."""
         if stream.is_hopeless:
             return -math.inf
+        if self.is_reliable:
+            return math.inf  # our caller's time is what there is
         if not stream.is_reliable:
             # An owner that nothing came of may wait for what it asked for again.
             is_silent = stream.ended_at is None and stream.lost == stream.total
@@ -695,6 +746,7 @@ class LossyReduce:
         self._is_closed = True
         self._closed_at = now
         self._gather_until = self._close_at + self._paths.gather.seconds(self._sizes[1])
+        self._may_ask_until = max(now, self._close_at) + self._config.repair_s + self._config.left_s
         heard = {rank: stream for rank, stream in self._contributions.items() if rank in self._live}
         for rank, stream in heard.items():
             stream.is_over = True
@@ -769,7 +821,7 @@ class LossyReduce:
                 is_chance = sum(each.total for each in every) < BLOCKED_PACKETS or any(e.arrived.any() for e in every)
                 if stream.total and stream.lost == stream.total and (stream.ended_at is None or not is_chance):
                     self._dropped.setdefault(rank, f"{what} came in time")
-        for rank in self._others():
+        for rank in [] if self.is_reliable else self._others():  # no packet was tried there
             peer, streams = self.group.members[rank].peer, self._streams_of(rank)
             if rank not in self._blocked:
                 if any(stream.arrived.any() and not stream.is_reliable for stream in streams):
@@ -848,7 +900,7 @@ class LossyReduce:
             self._dropped.setdefault(entries[place].rank, why)
             self._log(f"ignores what {self._name(entries[place].rank)} sent: {why}")
         self.unrepaired += int(np.count_nonzero(~value.known))
-        self._note_stale(cut, value.known)
+        self._note_what_is_here(cut, value.known)
         self._left_to_make.discard(cut.first)
         self._publish(cut, value.packets)
 
@@ -881,6 +933,10 @@ class LossyReduce:
         for rank in self._others():
             cuts = [cut for cut in self._ranges.cuts if cut.piece.reducer == rank]
             first, stop = self._ranges.span(rank)
+            if self.is_reliable:
+                self._resend(rank, range(first, stop))
+                self._emit(Sendable(self.group.group_id, rank))
+                continue
             for cut in cuts:
                 encode = partial(self._encode, cut, cut.first, cut.stop)
                 self._bursts[rank].append(
@@ -942,9 +998,11 @@ class LossyReduce:
         assert isinstance(value, Applied)
         for why in value.refused:
             self._dropped.setdefault(cut.piece.reducer, why)
-        self._note_stale(cut, value.known)
+        self._note_what_is_here(cut, value.known)
 
-    def _note_stale(self, cut: Cut, known: Flags) -> None:
+    def _note_what_is_here(self, cut: Cut, known: Flags) -> None:
+        if self.is_reliable and self._has_averages:
+            self._checksums[cut.first] = checksums(self._result.elements(cut.piece.start, cut.piece.stop))
         for run in _runs(int(number) + cut.first for number in np.flatnonzero(~known)):
             self._stale.append((cut.elements(run.start)[0], cut.elements(run.stop - 1)[1]))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from moshpitd.averaging.all_reduce import Outgoing
@@ -26,6 +27,7 @@ from moshpitd.averaging.session import (
     SessionStatus,
     Whereabouts,
 )
+from moshpitd.averaging.shards import SHARDS_MAX
 from moshpitd.averaging.vector import Layout, Vector
 from moshpitd.averaging.wait_avoiding import WaitAvoiding
 
@@ -101,5 +103,7 @@ def machine_for(
     now: float,
 ) -> Machine:
     """The machine that these options ask for. Raises InvalidInput for impossible ones."""
+    if options.shards:  # one group of all, whatever the grid of other sessions
+        config, options = replace(config, pin="", group_size_max=SHARDS_MAX), replace(options, rounds=1)
     kind = WaitAvoiding if options.wait_avoidance else Session
     return kind(options, config, here, credentials, rng, link, last_k=last_k, now=now)

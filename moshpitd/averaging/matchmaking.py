@@ -138,6 +138,8 @@ class Round:
     """Of the vector, what travels by the codec `auto`; 0: the terms say how everything does."""
     auto_elements: int = 0
     transport: Transport = EVERYTHING_ARRIVES
+    calls_a_step: int = 1
+    """Averagings that belong together: all of them are reliable, or none."""
 
 
 class State(Enum):
@@ -718,7 +720,9 @@ class Matchmaking:
         first = applications[0].arrived_at
         auto = self._choose_codec(members) if self.round.auto_elements else None
         ranges = self.round.wire_bytes // (2 * PAYLOAD_BYTES_MAX) + 1
-        transport = choose_transport(self.round.transport, members, k=self.round.k, ranges=ranges)
+        transport = choose_transport(
+            self.round.transport, members, k=self.round.k // self.round.calls_a_step, ranges=ranges
+        )
         group = Group(
             group_id=GroupId(self._rng.randbytes(16)),
             token=self._rng.randbytes(16),

@@ -138,6 +138,19 @@ class PathReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """What a member of a session with shards calls for, and what it owns. The default: the session has no shards."""
+
+    half: str = ""
+    """reduce_scatter or broadcast_shard."""
+    through: int = 0
+    """It took part in all that the owners did before averaging `through`; 0: it is new among them."""
+    start: int = 0
+    """Its shard: elements [start, stop) of the vector."""
+    stop: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """One member of a line, as it applied."""
 
@@ -161,6 +174,7 @@ class Member:
     """What it brings to a stage that its members must agree on, as a hash; empty: nothing."""
     paths: PathReport = PathReport()
     """How datagrams reach it; of sessions whose rounds may be lossy."""
+    standing: Standing = Standing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,11 +431,14 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class RangesWanted:
-    """To a contributor: nothing arrived of these ranges from anybody; send yours again, over the group's streams."""
+    """To a contributor: nothing arrived of these ranges from anybody; send yours again, over the group's streams. Or,
+    in a reduce-scatter, that nothing more is wanted: it may go."""
 
     group_id: GroupId
     ranges: tuple[int, ...]
     """Numbers of packet ranges, all of the sender's span; none: nothing arrived from you, send all."""
+    enough: bool = False
+    """The sender's span is made: nothing of it is wanted any more."""
 
 
 # ---- plans and terms

@@ -82,6 +82,18 @@ def spans_of(layout: Layout, members: Sequence[Member]) -> tuple[int, ...]:
     return (*boundaries, layout.elements)
 
 
+def equal_spans(layout: Layout, members: Sequence[Member]) -> tuple[int, ...]:
+    """Like `spans_of`, but whatever lines carry: who owns what does not change with a measurement."""
+    able = sum(member.dialable for member in members)
+    assert able, "somebody must be able to reduce"
+    boundaries, reached = [0], 0
+    for member in members:
+        reached += member.dialable
+        edge = layout.elements if reached == able else _aligned(layout, reached / able * layout.elements)
+        boundaries.append(max(boundaries[-1], edge))
+    return tuple(boundaries)
+
+
 def relative_rates(members: Sequence[Member]) -> list[float]:
     """What each member's slower direction carries, in multiples of the median, and drawn towards it by NOISE_FACTOR.
     Unknown counts as 1; 0 for those that nobody can dial."""

@@ -171,6 +171,18 @@ class VersionReceipt:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardLine:
+    """What one peer owns: elements [start, stop) of the vector."""
+
+    start: int
+    stop: int
+    version: bytes
+    """Of who owns what: the same at all owners, another as soon as anybody's shard is."""
+    changed: bool = False
+    """By this call: what the optimizer keeps of these elements is elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
 class LocalLine:
     """Who stands behind this peer's contribution."""
 
@@ -241,3 +253,5 @@ class Receipt:
     compressor: str = "dense"
     notes: tuple[str, ...] = ()
     """What the compressor has to say: why all was sent where rows should have been."""
+    shard: ShardLine | None = None
+    """Of a session with shards, and only of an owner."""

@@ -77,7 +77,7 @@ from moshpitd.averaging.grid import (
     session_key,
 )
 from moshpitd.averaging.link import LinkRates
-from moshpitd.averaging.lossy_reduce import LossyConfig, LossyReduce, Paths
+from moshpitd.averaging.lossy_reduce import LossyConfig, LossyReduce, Part, Paths
 from moshpitd.averaging.matchmaking import (
     HAILED,
     Candidate,
@@ -140,8 +140,11 @@ from moshpitd.averaging.receipt import (
     Outcome,
     Receipt,
     RoundReceipt,
+    ShardLine,
 )
+from moshpitd.averaging.shards import CALLS_A_STEP, SHARDS_MAX, Half, Muster, Sharding, Shards
 from moshpitd.averaging.transport import EVERYTHING_ARRIVES, LOSSY, Transport
+from moshpitd.averaging.unbiased import Form
 from moshpitd.averaging.vector import Layout, TensorSpec, Vector
 
 Reduction = AllReduce | LossyReduce
@@ -194,6 +197,8 @@ class SessionOptions:
     """How versions run without waiting for anybody; None: averagings are synchronous."""
     transport: Transport = EVERYTHING_ARRIVES
     """Whether values must all arrive."""
+    shards: Sharding | None = None
+    """Owners that stay: calls are one half of an averaging each. None: whole averagings."""
 
     def check(self) -> None:
         """Raises InvalidInput that names what is wrong."""
@@ -226,13 +231,21 @@ class SessionOptions:
             self.wait_avoidance.check(min_peers=self.min_peers, rounds=self.rounds, compressor=self.compressor)
             if compressor != "dense":
                 raise InvalidInput(f"a wait-avoiding session averages whole models: not with compressor {compressor!r}")
+            if self.shards:
+                raise InvalidInput(
+                    "shards in a wait-avoiding session: there nobody waits for an owner who is late; choose one of them"
+                )
+        if self.shards:
+            self.shards.check(
+                min_peers=self.min_peers, rounds=self.rounds, compressor=self.compressor, joining=self.joining
+            )
 
     def _check_transport(self, rules: Rules, compressor: str) -> None:
         """Raises InvalidInput for what does not go with rounds that lose something."""
         self.transport.check()
-        if not self.transport.may_lose:
+        if not self.transport.may_lose and not self.shards:
             return
-        way_out = f"transport {self.transport.name!r}"
+        way_out = f"transport {self.transport.name!r}" if self.transport.may_lose else "shards"
         if self.wait_avoidance:
             raise InvalidInput(
                 f"{way_out} in a wait-avoiding session: its sums hold all of each model; leave the transport out"
@@ -270,6 +283,8 @@ class Call:
     """Of this daemon, whose values these are the mean of; the weight is their sum."""
     micro_batch_s: tuple[tuple[float, ...], ...] = ()
     """With a compute budget: how long each completed micro-batch of this step took, for each of those trainers."""
+    half: Half | None = None
+    """In a session with shards: what is called for."""
 
     def check(self) -> None:
         """Raises InvalidInput that names what is wrong."""
@@ -455,6 +470,9 @@ class Averaging:
     reduction: Reduction | None = None
     rounds: list[RoundReceipt] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    muster: Muster | None = None
+    """In a session with shards: who takes part, once there is a group."""
+    shard_before: ShardLine | None = None
 
 
 class Session:
@@ -484,7 +502,8 @@ class Session:
         """By what `auto` is in a group, and what is averaged."""
         self._anchors: dict[int, Anchor] = {}
         """By axis; only where the codec asks for them. One vector each, and one more while a round writes it."""
-        averaging = options.wait_avoidance.term if options.wait_avoidance else IN_STEP
+        mode = options.wait_avoidance or options.shards
+        averaging = mode.term if mode else IN_STEP
         self.terms = Terms(
             options.layout.digest,
             options.rounds,
@@ -517,6 +536,7 @@ class Session:
         self._reductions: dict[GroupId, Reduction] = {}
         self._paths = Paths()
         """What lossy rounds taught of the paths to us."""
+        self._shards = Shards(here.peer, options.layout) if options.shards else None
         self._next_job = 0
         self._early: dict[PeerId, deque[ReductionMessage | LossyMessage]] = {}
         """Of groups we have not heard of yet."""
@@ -553,7 +573,7 @@ class Session:
     def set_budget(self, options: BudgetOptions, now: float) -> None:
         """Give the session a compute budget, or change it. Raises InvalidInput and, while an averaging is under way,
         Precondition."""
-        options.check()
+        options.check("shards" if self._shards else IN_STEP)
         if self._budget is not None and options == self._budget.options:
             return
         if self._current is not None:
@@ -593,6 +613,7 @@ class Session:
             raise Precondition("an averaging of this session is still under way: await it first")
         if bool(call.micro_batch_s) != (self._budget is not None):
             raise InvalidInput("latencies of micro-batches and a compute budget go together: one of them is missing")
+        self._check_half(call)
         assert vector.layout == self.options.layout
         k = self._choose_k(call)
         if self._budget is not None:
@@ -602,6 +623,7 @@ class Session:
         # A round that failed may still have a job under way, which writes into what was its spare.
         free = [spare for spare in spares if self.is_free(spare)]
         self._current = Averaging(call, now, now + call.timeout_s, vector, free, k, call.weight)
+        self._current.shard_before = self._shards.shard if self._shards else None
         settles = self._compressor.state_layout is not None
         settle_s = min(SETTLE_RESERVE_S, SETTLE_SHARE * call.timeout_s) if settles else 0.0
         self._current.rounds_until = self._current.deadline - settle_s
@@ -611,6 +633,17 @@ class Session:
         if self._last_k < 0:
             self._announce_lease(now)
         self._begin_if_possible(now)
+
+    def _check_half(self, call: Call) -> None:
+        """Raises InvalidInput for a call that is not of this kind of session."""
+        if call.half is None and self._shards is not None:
+            raise InvalidInput("average in a session with shards: call reduce_scatter and broadcast_shard by turns")
+        if call.half is not None and self._shards is None:
+            raise InvalidInput(f"{call.half.value} in a session without shards: open it with shards, or call average")
+        if call.half is not None and call.epoch is not None:
+            raise InvalidInput(f"epoch {call.epoch}: calls of a session with shards are numbered by the daemons")
+        if call.half is Half.BROADCAST_SHARD and call.weight != 1.0:
+            raise InvalidInput(f"weight {call.weight}: what owners broadcast is not averaged; leave it out")
 
     def promise(self, until: float, now: float) -> None:
         """Our trainer will call, if nothing happens to it: until then others wait for it as long as they can."""
@@ -981,7 +1014,10 @@ class Session:
         if live < max(2, self._members.min_peers) or plan is None:
             self._look_up_if_due(now)
             return
-        newcomer = self._last_k < 0 and self.options.joining == "receive"
+        if self._shards is not None and len(plan.sides) > 1:
+            self._fail(Precondition(f"{live} peers opened this session: with shards it takes {SHARDS_MAX}"))
+            return
+        newcomer = self._last_k < 0 and self.options.joining == "receive" and self._shards is None
         current.joined = newcomer and self._members.has_history(current.k)
         current.weight = 0.0 if current.joined else current.call.weight
         self._begin_run(now)
@@ -1368,6 +1404,10 @@ class Session:
             anchor=anchor.digest[:ANCHOR_TOLD_BYTES] if anchor else b"",
             agreement=agreement,
         )
+        if self._shards is not None:
+            assert self._current is not None
+            assert self._current.call.half is not None
+            member = replace(member, standing=self._shards.standing(self._current.call.half))
         if self._budget:
             member = replace(member, budget=self._budget.budget)
         return replace(member, paths=self._paths.report(now)) if self.options.transport.may_lose else member
@@ -1393,6 +1433,7 @@ class Session:
             self._auto_bytes,
             self._auto_elements,
             self.options.transport,
+            CALLS_A_STEP if self._shards else 1,
         )
         matchmaking = Matchmaking(round_, self._config.matchmaking, self._rng)
         self._matchmakings[key] = matchmaking
@@ -1424,7 +1465,9 @@ class Session:
         here = round_.j if self.state in (State.MATCHING, State.COMPUTING) else round_.j - 1
         coming = current is not None and current.k == round_.k and current.j <= here
         coming = coming or (now < self._promised_until and current is None and not self._is_past(round_.k, round_.j))
-        matchmaking.update(candidates, expected, self._grace_s, now, coming=coming, others=line)
+        # An owner who lives is waited for as long as callers can.
+        grace_s = math.inf if self._shards else self._grace_s
+        matchmaking.update(candidates, expected, grace_s, now, coming=coming, others=line)
 
     def _is_past(self, k: int, j: int) -> bool:
         """Whether our trainer will not come to this round any more."""
@@ -1625,16 +1668,22 @@ class Session:
             nearer = matchmaking.late_by_s > min(self._periods_s) / 2
             follows = current.call.epoch is None and (self._last_k < 0 or matchmaking.they_wait or nearer)
             if follows and now < current.rounds_until:
-                current.k = self._next_k
-                self._become(State.GATHERING)
-                current.next_look_up = now
-                for kept in self._matchmakings.values():
-                    self._refresh(kept, now)  # those that wait for us in rounds we shall not come to
-                self._begin_if_possible(now)
+                self._follow_to(self._next_k, now)
                 return
         self._met_at_k = max(self._met_at_k, matchmaking.now_k or 0)
         current.rounds.append(self._receipt_alone(matchmaking, matchmaking.why, now))
         self._next_round(now, over=late and current.j == 0)
+
+    def _follow_to(self, k: int, now: float) -> None:
+        """Our call goes on in a later averaging."""
+        current = self._current
+        assert current is not None
+        current.k = k
+        self._become(State.GATHERING)
+        current.next_look_up = now
+        for kept in self._matchmakings.values():
+            self._refresh(kept, now)  # those that wait for us in rounds we shall not come to
+        self._begin_if_possible(now)
 
     def _begin_reduction(self, matchmaking: Matchmaking, now: float) -> None:
         current = self._current
@@ -1661,6 +1710,13 @@ class Session:
             current.rounds.append(self._receipt_alone(matchmaking, why, now, group))
             self._disagree(why, now)
             return
+        if self._shards is not None:
+            if not self._muster(self._shards, matchmaking, group, now):
+                return
+            assert current.muster is not None
+            group = current.muster.group
+            rank = group.rank_of(self._here.peer)
+            assert rank is not None
         stage = course.stage
         lossless = INTEGERS if stage.sums else codec_named("float32") if stage.lossless else None
         codec = lossless or self._codec_in(group, stage.values.layout)
@@ -1669,7 +1725,7 @@ class Session:
         is_lossy = stage.fed and codec.name != "float32"
         course.left_out = Vector.zeros(stage.values.layout) if is_lossy else None
         self._kept = Vector.empty(self.options.layout) if self._rules.is_anchored else None
-        if is_reliable:
+        if is_reliable and current.muster is None:
             current.reduction = AllReduce(
                 group,
                 rank,
@@ -1696,10 +1752,38 @@ class Session:
                 config=self._config.lossy,
                 now=now,
                 deadline=current.rounds_until,
+                part=current.muster.half.part if current.muster else Part.BOTH,
+                form=self.options.shards.form if self.options.shards else Form.DIFFERENCE,
+                is_reliable=is_reliable,
             )
         self._reductions[group.group_id] = current.reduction
         self._replay_early(current.reduction, now)
         self._look_at_reduction(now)
+
+    def _muster(self, shards: Shards, matchmaking: Matchmaking, group: Group, now: float) -> bool:
+        """Whether the group's call goes on with us in it. All its members decide alike: from the group."""
+        current = self._current
+        assert current is not None
+        assert current.call.half is not None
+        self._last_k, self._next_k = current.k, current.k + 1  # another try under its key would get the same group
+        try:
+            current.muster = shards.muster(group, current.call.half)
+        except SessionError as wrong:
+            self._fail(wrong)
+            self._announce_lease(now)
+            self._announce_next_presence()
+            return False
+        if current.muster is None:
+            self._log(f"averaging {current.k}: the owners call the other half, their next one is ours")
+            self._follow_to(self._next_k, now)
+            return False
+        if len(current.muster.group.members) == 1:
+            why = "nobody else in the group owns a shard" if len(group.members) > 1 else "nobody else came"
+            current.rounds.append(self._receipt_alone(matchmaking, why, now, group))
+            self._finish_alone(why, now)
+            return False
+        current.joined = current.muster.receives
+        return True
 
     def _tell_latencies(self, group: Group) -> None:
         """As soon as the group is known: before our Ready, so that whoever commits has them."""
@@ -1787,6 +1871,9 @@ class Session:
         assert course.result is not None
         if reduction.result is not None:
             group = reduction.group
+            if self._shards is not None:
+                assert current.muster is not None
+                self._shards.went_through(current.muster)
             if isinstance(reduction, AllReduce):
                 up, down = reduction.link_measures(now)
                 self._link.learn(up=up, down=down)
@@ -1849,6 +1936,10 @@ class Session:
             # They did meet, and all fail alike: another try under the same key would be answered with the old group.
             self._last_k, self._next_k = current.k, current.k + 1
             self._fail(InvalidInput("all weights in this averaging are 0: give at least one peer a positive weight"))
+            return
+        if outcome is Outcome.ALONE and self._shards is not None:
+            self._fail(NoGroup(f"{'; '.join(r.why for r in last)}. Nothing was changed: call again"))
+            self._announce_lease(now)
             return
         notes = tuple(current.run.notes if current.run else current.notes)
         reasons = [f"round {r.round}: {r.why}" for r in current.rounds if r.why and outcome is not Outcome.COMPLETE]
@@ -1927,6 +2018,11 @@ class Session:
         elif newest and newest.plan.first_k > self._next_k and self._members.live_count() > 1:
             # Nobody of our lines is left, so k stands still here: meet the others where the next plan begins.
             self._next_k = newest.plan.first_k
+        if self._shards is not None:
+            assert current.call.half is not None
+            if receipt.outcome is Outcome.ALONE:
+                self._shards.went_alone(current.call.half, current.k)
+            receipt = replace(receipt, shard=self._shards.line(current.shard_before))
         if self._budget is not None:
             if receipt.outcome is Outcome.ALONE:
                 self._budget.interrupted()
@@ -1970,15 +2066,17 @@ class Session:
         assert current is not None
         group = reduction.group
         committed = reduction.result is not None
-        lossy = reduction.lossy_line() if isinstance(reduction, LossyReduce) else None
+        lossy = reduction.lossy_line() if isinstance(reduction, LossyReduce) and not reduction.is_reliable else None
         links = dict(reduction.transports)
         if isinstance(reduction, LossyReduce):
             links |= dict.fromkeys(reduction.by_packets, "udp")
         dropped = [DroppedLine(absent.peer, absent.why) for absent in group.absent]
         dropped += reduction.dropped_lines()
-        whole = reduction.is_complete and not group.absent
+        without_owner = current.muster.why if current.muster else ""
+        whole = reduction.is_complete and not group.absent and not without_owner
         outcome = Outcome.ALONE if not committed else Outcome.COMPLETE if whole else Outcome.PARTIAL
-        why = reduction.why or ", ".join(f"{short(line.peer)} {line.why}" for line in dropped)
+        reasons = [f"{short(line.peer)} {line.why}" for line in dropped] + ([without_owner] if without_owner else [])
+        why = reduction.why or ", ".join(reasons)
         return RoundReceipt(
             averaging=current.k,
             round=current.j,

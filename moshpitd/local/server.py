@@ -438,7 +438,7 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
         try:
             session.offer = await self._memory.offer(
                 options.layout,
-                results=1 if options.rounds == 1 or options.wait_avoidance else 2,
+                results=1 if options.rounds == 1 or options.wait_avoidance or options.shards else 2,
                 contributions=BUFFERS if options.wait_avoidance else 1,
             )
         except NoSharedMemory as error:

@@ -451,6 +451,7 @@ class Member(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     AGREEMENT_FIELD_NUMBER: _builtins.int
     PATHS_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     """Its id."""
     incarnation: _builtins.int
@@ -485,6 +486,10 @@ class Member(_message.Message):
     def paths(self) -> Global___PathReport:
         """How datagrams reach it; of sessions whose rounds may be lossy."""
 
+    @_builtins.property
+    def standing(self) -> Global___Standing:
+        """What it calls for and owns, in a session with shards."""
+
     def __init__(
         self,
         *,
@@ -501,14 +506,55 @@ class Member(_message.Message):
         budget: Global___Budget | None = ...,
         agreement: _builtins.bytes = ...,
         paths: Global___PathReport | None = ...,
+        standing: Global___Standing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "paths", b"paths"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "paths", b"paths", "standing", b"standing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agreement", b"agreement", "anchor", b"anchor", "budget", b"budget", "bulk_port", b"bulk_port", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "paths", b"paths", "peer", b"peer", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agreement", b"agreement", "anchor", b"anchor", "budget", b"budget", "bulk_port", b"bulk_port", "coordinate", b"coordinate", "dialable", b"dialable", "down_bytes_s", b"down_bytes_s", "incarnation", b"incarnation", "paths", b"paths", "peer", b"peer", "standing", b"standing", "up_bytes_s", b"up_bytes_s", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Member: _TypeAlias = Member  # noqa: Y015
+
+@_typing.final
+class Standing(_message.Message):
+    """Of a member of a session with shards: owners of parts of the vector that stay the same from call to call. All members
+    compute from the standings in their group who takes part, and whose values of which part count.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HALF_FIELD_NUMBER: _builtins.int
+    THROUGH_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    half: _builtins.str
+    """"reduce_scatter": gradients in, the mean of its own shard out; "broadcast_shard": its shard in, those of all out. Empty in
+    other sessions.
+    """
+    through: _builtins.int
+    """It took part in all that the owners did before this averaging; 0: it is new among them. Who has less than others went
+    without something that they did, and owns nothing.
+    """
+    start: _builtins.int
+    """The first element of its shard."""
+    stop: _builtins.int
+    """One past the last; equal to `start`: it owns nothing."""
+    def __init__(
+        self,
+        *,
+        half: _builtins.str = ...,
+        through: _builtins.int = ...,
+        start: _builtins.int = ...,
+        stop: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["half", b"half", "start", b"start", "stop", b"stop", "through", b"through"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Standing: _TypeAlias = Standing  # noqa: Y015
 
 @_typing.final
 class PathReport(_message.Message):
@@ -1726,8 +1772,13 @@ class RangesWanted(_message.Message):
 
     GROUP_ID_FIELD_NUMBER: _builtins.int
     RANGES_FIELD_NUMBER: _builtins.int
+    ENOUGH_FIELD_NUMBER: _builtins.int
     group_id: _builtins.bytes
     """The group's id."""
+    enough: _builtins.bool
+    """The other way round: the sender's span is made, nothing of it is wanted any more. In a reduce-scatter, where no averages
+    follow, contributors wait for this.
+    """
     @_builtins.property
     def ranges(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Numbers of packet ranges, all of the sender's span; none: nothing arrived from you, send all."""
@@ -1737,10 +1788,11 @@ class RangesWanted(_message.Message):
         *,
         group_id: _builtins.bytes = ...,
         ranges: _abc.Iterable[_builtins.int] | None = ...,
+        enough: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "ranges", b"ranges"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enough", b"enough", "group_id", b"group_id", "ranges", b"ranges"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
