@@ -250,8 +250,8 @@ class LossyReduce:
                 if stop > first:
                     self._averages[r] = Inbound(self._ranges, codec.average, first, stop)
         # What a newcomer keeps of its own is worth nothing: it gets all.
-        whole = part is Part.BOTH
-        self._need_all = {Rank(r) for r in range(n) if whole and (self.averages_reliable or self._weights[r] <= 0)}
+        is_new = [self._has_averages and weight <= 0 for weight in self._weights]
+        self._need_all = {Rank(r) for r in range(n) if self.averages_reliable or is_new[r]}
         """To whom averages travel over the reliable streams."""
         for stream in self._averages.values():
             stream.is_reliable = is_reliable or rank in self._need_all

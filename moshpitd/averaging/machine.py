@@ -104,6 +104,6 @@ def machine_for(
 ) -> Machine:
     """The machine that these options ask for. Raises InvalidInput for impossible ones."""
     if options.shards:  # one group of all, whatever the grid of other sessions
-        config, options = replace(config, pin="", group_size_max=SHARDS_MAX), replace(options, rounds=1)
+        config, options = replace(config, pin="", group_size_max=SHARDS_MAX), replace(options, rounds=0)
     kind = WaitAvoiding if options.wait_avoidance else Session
     return kind(options, config, here, credentials, rng, link, last_k=last_k, now=now)

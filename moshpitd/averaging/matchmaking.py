@@ -141,6 +141,11 @@ class Round:
     calls_a_step: int = 1
     """Averagings that belong together: all of them are reliable, or none."""
 
+    @property
+    def step(self) -> int:
+        """The very first averaging is before the first step of several."""
+        return (self.k + 1 - self.calls_a_step) // self.calls_a_step
+
 
 class State(Enum):
     """See the table above."""
@@ -720,9 +725,7 @@ class Matchmaking:
         first = applications[0].arrived_at
         auto = self._choose_codec(members) if self.round.auto_elements else None
         ranges = self.round.wire_bytes // (2 * PAYLOAD_BYTES_MAX) + 1
-        transport = choose_transport(
-            self.round.transport, members, k=self.round.k // self.round.calls_a_step, ranges=ranges
-        )
+        transport = choose_transport(self.round.transport, members, k=self.round.step, ranges=ranges)
         group = Group(
             group_id=GroupId(self._rng.randbytes(16)),
             token=self._rng.randbytes(16),

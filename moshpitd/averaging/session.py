@@ -1666,6 +1666,7 @@ class Session:
             # A newcomer cannot know what is open: the next one then. Others follow where they are waited for, and when
             # the next one is closer than this one: who is a step behind would otherwise stay so for ever.
             nearer = matchmaking.late_by_s > min(self._periods_s) / 2
+            nearer = nearer or self._shards is not None  # a group has all owners: this one is not missed there
             follows = current.call.epoch is None and (self._last_k < 0 or matchmaking.they_wait or nearer)
             if follows and now < current.rounds_until:
                 self._follow_to(self._next_k, now)

@@ -150,7 +150,7 @@ class Shards:
             return None
         new = [member for member in group.members if newest and not member.standing.through]
         receivers = [member for member in new if half is Half.BROADCAST_SHARD and member.standing.half == half.value]
-        members = _in_order([*current, *receivers], half)
+        members = _in_order([*current, *receivers], half, newest)
         if len(members) > 1 and not any(member.dialable for member in members):
             raise NoGroup("nobody of those who own shards can be dialled: open a port of one of them (--announce)")
         if len(members) > 1 and half is Half.BROADCAST_SHARD and (kept := _spans_kept(self._layout, members, newest)):
@@ -183,11 +183,17 @@ class Shards:
         self.shard = ShardLine(start, stop, digest("shards", *peers, *edges)[:VERSION_BYTES])
 
 
-def _in_order(members: Sequence[Member], half: Half) -> tuple[Member, ...]:
-    """By peer id, whatever their places on the grid: these change with the plan."""
+def _in_order(members: Sequence[Member], half: Half, newest: int) -> tuple[Member, ...]:
+    """By peer id, whatever their places on the grid: these change with the plan. What owners give is not averaged; a
+    weight of 0 says that what a member keeps of its own is worth nothing, so that nothing of it may be lost."""
+
+    def weight(member: Member) -> float:
+        if half is Half.REDUCE_SCATTER:
+            return member.weight
+        return 1.0 if newest and member.standing.through == newest else 0.0
+
     ordered = sorted(members, key=lambda member: member.peer)
-    weigh = half is Half.REDUCE_SCATTER  # what owners give is not averaged
-    return tuple(replace(m, coordinate=at, weight=m.weight if weigh else 1.0) for at, m in enumerate(ordered))
+    return tuple(replace(member, coordinate=at, weight=weight(member)) for at, member in enumerate(ordered))
 
 
 Orphan = tuple[int, int, PeerId]

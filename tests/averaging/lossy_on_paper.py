@@ -45,6 +45,7 @@ class LossyGroupOnPaper:
         paths: Sequence[Paths] | None = None,
         part: Part = Part.BOTH,
         form: Form = Form.DIFFERENCE,
+        is_reliable: bool = False,
         config: LossyConfig | None = None,
         doubled: float = 0.0,
         jitter_s: float = 0.0,
@@ -84,6 +85,7 @@ class LossyGroupOnPaper:
                 now=0.0,
                 part=part,
                 form=form,
+                is_reliable=is_reliable,
             )
             for rank in range(len(values))
         ]
