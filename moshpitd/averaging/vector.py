@@ -143,6 +143,13 @@ class Layout:
             return f"tensor {here} here is {there.dtype}{list(there.shape)} there"
         return None
 
+    def byte_at(self, position: int) -> int:
+        """Where this element of the vector begins in its buffer; that of `elements` is its end."""
+        for segment in self.segments:
+            if position < segment.stop:
+                return segment.byte_start + (position - segment.start) * DTYPES[segment.dtype].itemsize
+        return self.byte_size
+
     def tensor_at(self, position: int) -> TensorSpec:
         """The tensor that holds this element of the vector."""
         end = 0

@@ -26,7 +26,9 @@ from grpc_reflection.v1alpha import reflection
 
 from moshpitd.averaging.errors import Exhausted, InvalidInput, NoGroup, Precondition, SessionNotFound, Unavailable
 from moshpitd.averaging.posts import BUFFERS
+from moshpitd.averaging.receipt import Receipt
 from moshpitd.averaging.session import Call, SessionOptions
+from moshpitd.averaging.shards import Half
 from moshpitd.averaging.vector import Layout, Vector
 from moshpitd.driver import Averaged, ProgressNote
 from moshpitd.households import Households
@@ -35,6 +37,7 @@ from moshpitd.local.claim import ClaimError, SocketClaim
 from moshpitd.local.shared_memory import AUTO, NoSharedMemory, Offer, SharedBuffers, SharedMemoryDirectory
 from moshpitd.local.statuses import Answering
 from moshpitd.local.transfer import (
+    EVERYTHING,
     MESSAGE_BYTES_MAX,
     AverageContext,
     Intake,
@@ -402,7 +405,7 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
                 session.buffers.pass_turn(partial(self._households.holds, session.session_id))
         await context.write(pb.AverageResponse(receipt=translate.receipt_message(session.name, averaged.receipt)))
         if averaged.vector is not vector:
-            await transfer.result(averaged.vector)
+            await transfer.result(averaged.vector, _part_wanted(session.layout, call, averaged.receipt))
 
     async def _telling_progress(
         self, session: _OpenSession, call: Call, vector: Vector, transfer: Transfer, context: AverageContext
@@ -462,6 +465,13 @@ class _DaemonService(pb_grpc.DaemonServiceServicer):
     def _refuse_when_leaving(self) -> None:
         if self._leaving or self._households.draining:
             raise Unavailable("the daemon is leaving and takes no new rounds: start it again and open the session anew")
+
+
+def _part_wanted(layout: Layout, call: Call, receipt: Receipt) -> slice:
+    """The bytes of the result that are the trainer's: of a reduce_scatter its shard, nothing else was written."""
+    if call.half is not Half.REDUCE_SCATTER or receipt.shard is None:
+        return EVERYTHING
+    return slice(layout.byte_at(receipt.shard.start), layout.byte_at(receipt.shard.stop))
 
 
 @asynccontextmanager

@@ -28,6 +28,8 @@ MESSAGE_BYTES_MAX = CHUNK_BYTES_MAX + 1024
 SCANNED_AT_ONCE = 1 << 20
 """Elements: well under a millisecond on the event loop."""
 
+EVERYTHING = slice(None)
+
 AverageContext = grpc.aio.ServicerContext[pb.AverageRequest, pb.AverageResponse]
 
 
@@ -43,8 +45,8 @@ class Transfer(Protocol):
         """Take the trainer's values, whole and finite. Raises InvalidInput."""
         ...
 
-    async def result(self, vector: Vector) -> None:
-        """Hand the averaged values back."""
+    async def result(self, vector: Vector, part: slice) -> None:
+        """Hand the averaged values back, of which these bytes are wanted."""
         ...
 
 
@@ -64,8 +66,8 @@ class StreamTransfer:
             intake.accept(request.chunk.offset, request.chunk.data)
         return intake.finish()
 
-    async def result(self, vector: Vector) -> None:
-        for offset, data in pieces_of(vector):
+    async def result(self, vector: Vector, part: slice) -> None:
+        for offset, data in pieces_of(vector, part):
             await self._context.write(pb.AverageResponse(chunk=pb.VectorChunk(offset=offset, data=data)))
 
 
@@ -90,17 +92,18 @@ class SharedTransfer:
                 await asyncio.sleep(0)
         return vector
 
-    async def result(self, vector: Vector) -> None:
+    async def result(self, vector: Vector, part: slice) -> None:
         # It lies elsewhere when a round failed and left its buffer to a job that still ran.
         if not self._buffers.publish(vector):
-            await self._fallback.result(vector)
+            await self._fallback.result(vector, part)
 
 
-def pieces_of(vector: Vector) -> Iterator[tuple[int, bytes]]:
-    """What chunks carry: offset and data."""
+def pieces_of(vector: Vector, part: slice = EVERYTHING) -> Iterator[tuple[int, bytes]]:
+    """What chunks carry of these bytes: offset and data."""
     raw = vector.buffer.data
-    for offset in range(0, len(raw), CHUNK_BYTES):
-        yield offset, bytes(raw[offset : offset + CHUNK_BYTES])
+    start, stop, _ = part.indices(len(raw))
+    for offset in range(start, stop, CHUNK_BYTES):
+        yield offset, bytes(raw[offset : min(offset + CHUNK_BYTES, stop)])
 
 
 class Intake:

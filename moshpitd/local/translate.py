@@ -15,7 +15,7 @@ from moshpitd.averaging.cohort import CohortStatus, WaitAvoidance
 from moshpitd.averaging.compressors.stages import FEEDBACK_NAME_BYTES_MAX
 from moshpitd.averaging.compute_budget import LEARN_DEFAULT, WARM_UP_DEFAULT, BudgetOptions
 from moshpitd.averaging.errors import InvalidInput
-from moshpitd.averaging.receipt import BudgetLine, LossyLine, Outcome, Receipt, RoundReceipt, VersionReceipt
+from moshpitd.averaging.receipt import BudgetLine, LossyLine, Outcome, Receipt, RoundReceipt, ShardLine, VersionReceipt
 from moshpitd.averaging.session import (
     LONELY_WAIT_DEFAULT_S,
     NAME_DEFAULT,
@@ -23,7 +23,9 @@ from moshpitd.averaging.session import (
     Call,
     SessionOptions,
 )
+from moshpitd.averaging.shards import Half, Sharding
 from moshpitd.averaging.transport import RELIABLE, Transport
+from moshpitd.averaging.unbiased import Form
 from moshpitd.averaging.vector import Layout, TensorSpec
 from moshpitd.driver import PeerLine
 from moshpitd.households import HouseholdLine, TrainerLine
@@ -59,6 +61,11 @@ _NORMALISATIONS = {
     pb.NORMALISE_UNSPECIFIED: "",
     pb.NORMALISE_FIXED: "fixed",
     pb.NORMALISE_COMPUTED: "computed",
+}
+_HALVES = {
+    pb.HALF_UNSPECIFIED: None,
+    pb.HALF_REDUCE_SCATTER: Half.REDUCE_SCATTER,
+    pb.HALF_BROADCAST_SHARD: Half.BROADCAST_SHARD,
 }
 _NORMALISE_NUMBERS = {name: number for number, name in _NORMALISATIONS.items()}
 
@@ -172,6 +179,7 @@ def session_options(request: pb.OpenSessionRequest) -> SessionOptions:
         lonely_wait_s=request.lonely_wait_seconds or LONELY_WAIT_DEFAULT_S,
         wait_avoidance=_wait_avoidance(request),
         transport=Transport(request.transport or RELIABLE, request.reliable_every),
+        shards=_sharding(request),
     )
     options.check()
     return options
@@ -192,6 +200,19 @@ def _wait_avoidance(request: pb.OpenSessionRequest) -> WaitAvoidance | None:
             return None
         case other:
             raise InvalidInput(f"averaging {other} is unknown: give in step or wait-avoiding")
+
+
+def _sharding(request: pb.OpenSessionRequest) -> Sharding | None:
+    """Raises InvalidInput."""
+    if not request.shards:
+        if request.estimator:
+            raise InvalidInput(f"estimator {request.estimator!r} in a session without shards: leave it out")
+        return None
+    try:
+        return Sharding(Form(request.estimator or Form.DIFFERENCE.value))
+    except ValueError:
+        known = " or ".join(form.value for form in Form)
+        raise InvalidInput(f"estimator {request.estimator!r} is unknown: give {known}") from None
 
 
 def _specs(tensors: Iterable[pb.Tensor]) -> Iterator[TensorSpec]:
@@ -224,11 +245,14 @@ def offer_message(offer: Offer) -> pb.SharedMemory:
 
 def average_call(start: pb.AverageStart) -> Call:
     """Raises InvalidInput."""
+    if start.half not in _HALVES:
+        raise InvalidInput(f"half {start.half} is unknown: give reduce_scatter or broadcast_shard")
     call = Call(
         weight=start.weight if start.HasField("weight") else 1.0,
         timeout_s=start.timeout_seconds if start.HasField("timeout_seconds") else TIMEOUT_DEFAULT_S,
         epoch=start.epoch if start.HasField("epoch") else None,
         micro_batch_s=(tuple(start.micro_batch_seconds),) if start.micro_batch_seconds else (),
+        half=_HALVES[start.half],
     )
     call.check()
     return call
@@ -292,7 +316,14 @@ def receipt_message(session: str, receipt: Receipt) -> pb.Receipt:
         local=pb.Local(trainers=receipt.local.trainers, weight=receipt.local.weight),
         budget=budget_message(receipt.budget),
         version=_version_message(receipt.version),
+        shard=_shard_message(receipt.shard),
     )
+
+
+def _shard_message(line: ShardLine | None) -> pb.Shard | None:
+    if line is None:
+        return None
+    return pb.Shard(start=line.start, stop=line.stop, version=line.version, changed=line.changed)
 
 
 def _version_message(version: VersionReceipt | None) -> pb.Version | None:

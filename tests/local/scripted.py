@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moshpitd.averaging.compute_budget import BudgetOptions
-from moshpitd.averaging.errors import NoGroup, Precondition
+from moshpitd.averaging.errors import NoGroup, Precondition, ShardsChanged
 from moshpitd.averaging.names import PeerId
 from moshpitd.averaging.receipt import (
     BudgetLine,
@@ -34,9 +34,11 @@ from moshpitd.averaging.receipt import (
     Outcome,
     Receipt,
     RoundReceipt,
+    ShardLine,
     SpanLine,
 )
 from moshpitd.averaging.session import Call, SessionOptions, SessionStatus
+from moshpitd.averaging.shards import Half
 from moshpitd.averaging.vector import Vector
 from moshpitd.driver import Averaged, PeerLine, ProgressNote
 from moshpitd.households import HouseholdLine, TrainerLine
@@ -206,9 +208,13 @@ class ScriptedDriver:
             self._tell(f"completed {len(call.micro_batch_s[0])}, weight {call.weight:g}")
         if options.wait_avoidance:
             self._posted = vector
+        if call.half is not None:
+            self._tell(f"{call.half.value} of weight {call.weight:g}")
         match options.name:
             case "nobody":
                 raise NoGroup("1 of 8 peers was here: start the others")
+            case "replaced":
+                raise ShardsChanged("2 peers went on without this one: call broadcast_shard")
             case "buggy":
                 raise AssertionError("two and two are five")
             case "waits":
@@ -229,6 +235,9 @@ class ScriptedDriver:
             line = budget_line(budget, tau_s=budget.tau_s or 0.02, completed=sum(map(len, call.micro_batch_s)))
             done = replace(done, budget=line)
         self._finished.insert(0, (options.name, done))
+        if options.shards:
+            quarter = vector.layout.elements // 4
+            done = replace(done, shard=ShardLine(quarter, 2 * quarter, b"version!", changed=len(self.calls) == 1))
         if outcome is Outcome.ALONE:
             return Averaged(done, vector)
         if options.name == "dies":
@@ -236,6 +245,9 @@ class ScriptedDriver:
         offered = spares and options.name != "elsewhere"
         spare = spares[len(self.calls) % len(spares)] if offered else Vector.empty(vector.layout)
         _double(vector, spare)
+        if call.half is Half.REDUCE_SCATTER and done.shard:  # nothing was written elsewhere
+            spare.buffer[: vector.layout.byte_at(done.shard.start)] = 0xFF
+            spare.buffer[vector.layout.byte_at(done.shard.stop) :] = 0xFF
         return Averaged(done, spare)
 
     @contextlib.contextmanager

@@ -20,6 +20,7 @@ from moshpit_client.errors import (
     NotFound,
     PreconditionFailed,
     ResourceExhausted,
+    ShardsChanged,
     WrongProcess,
 )
 from moshpit_client.receipt import (
@@ -30,6 +31,7 @@ from moshpit_client.receipt import (
     Receipt,
     Round,
     Seconds,
+    Shard,
     Span,
     Traffic,
     Version,
@@ -66,6 +68,8 @@ __all__ = [
     "Seconds",
     "Session",
     "SessionStatus",
+    "Shard",
+    "ShardsChanged",
     "Span",
     "Status",
     "Step",

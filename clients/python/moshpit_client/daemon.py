@@ -76,6 +76,8 @@ class Daemon:
         lockstep: bool = False,
         transport: Literal["reliable", "lossy", "auto"] = "reliable",
         reliable_every: Literal["auto"] | int = "auto",
+        shards: bool = False,
+        estimator: Literal["difference", "horvitz-thompson"] | None = None,
     ) -> Session:
         """Open a session for these tensors: numpy arrays, or anything with `__dlpack__` on the CPU.
 
@@ -106,6 +108,11 @@ class Daemon:
             everything else would be slow. Alike in all trainers.
         reliable_every: lossy and auto: each so many averagings one loses nothing, after which all hold the same;
             "auto" chooses by the loss, and the receipt says why.
+
+        shards: owners that stay, for a sharded optimizer: each peer owns a part of the tensors. Gradients go through
+            `Session.reduce_scatter`, the tensors through `Session.broadcast_shard`. Alike in all trainers.
+        estimator: with shards, where gradients are lost: "difference" to the owner's own, or "horvitz-thompson": what
+            arrives is scaled up.
 
         Raises InvalidInput, naming the tensor, for what cannot be averaged.
         """
@@ -138,7 +145,14 @@ class Daemon:
             lockstep=lockstep,
             transport=transport,
             reliable_every=0 if reliable_every == "auto" else _count("reliable_every", reliable_every),
+            shards=shards,
+            estimator=estimator or "",
         )
+        frozen = next((name for name, view in views.items() if view.immutable), None)
+        if shards and frozen is not None:
+            raise InvalidInput(
+                f"tensor {frozen!r} cannot be written: a session with shards needs a copy, np.array(...)"
+            )
         first_peers = 1 if initial_peers is None else _count("initial_peers", initial_peers)
         # Immutable tensors are not kept: those of `average_values` come with each call.
         kept = {name: tensors[name] for name, view in views.items() if not view.immutable}

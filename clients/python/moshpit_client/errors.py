@@ -35,6 +35,11 @@ class PreconditionFailed(MoshpitError):
     """This swarm cannot take it: the layouts differ, the session's name is taken, the epoch is too far."""
 
 
+class ShardsChanged(PreconditionFailed):
+    """The others went on without this trainer, and what it owned has other owners: call `broadcast_shard`, which brings
+    their values, then `reduce_scatter`, which gives it a new shard."""
+
+
 class NoGroup(MoshpitError, TimeoutError):
     """Time ran out before enough peers were there."""
 
@@ -65,8 +70,9 @@ def from_status(error: grpc.RpcError, socket: str, *, connected: bool) -> Moshpi
     """The error of a failed call; `connected` when the daemon had answered on this socket before."""
     assert isinstance(error, grpc.Call)
     code, details = error.code(), error.details() or ""
-    if any(key == METADATA_KEY for key, _ in error.trailing_metadata() or ()):
-        return _KINDS.get(code, DaemonBug)(details)
+    for key, kind in error.trailing_metadata() or ():
+        if key == METADATA_KEY:
+            return (ShardsChanged if kind == ShardsChanged.__name__ else _KINDS.get(code, DaemonBug))(details)
     match code:
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return ResourceExhausted(f"the daemon behind {socket} takes no more calls now ({details}): try again later")

@@ -186,6 +186,18 @@ class Version(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Shard(Record):
+    """What this peer owns: elements [start, stop) of the vector. `Session.shard` says it tensor by tensor."""
+
+    start: int
+    stop: int
+    version: str
+    """Of who owns what: the same at all owners, another as soon as anybody's shard is."""
+    changed: bool
+    """By this call: what the optimizer keeps of these elements may be with another peer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt(Record):
     """One averaging."""
 
@@ -219,6 +231,8 @@ class Receipt(Record):
     """Of a session with a compute budget."""
     version: Version | None = None
     """Of a wait-avoiding session."""
+    shard: Shard | None = None
+    """Of a session with shards, unless this peer owns nothing yet."""
 
     @property
     def fresh(self) -> bool:
@@ -259,7 +273,12 @@ def read_receipt(message: pb.Receipt) -> Receipt:
         local=Local(message.local.trainers, message.local.weight),
         budget=read_budget(message.budget) if message.HasField("budget") else None,
         version=_version(message.version) if message.HasField("version") else None,
+        shard=_shard(message.shard) if message.HasField("shard") else None,
     )
+
+
+def _shard(message: pb.Shard) -> Shard:
+    return Shard(message.start, message.stop, message.version.hex(), message.changed)
 
 
 def _version(message: pb.Version) -> Version:

@@ -28,19 +28,23 @@ from moshpit_client.errors import (
     NoGroup,
     NotFound,
     PreconditionFailed,
+    ShardsChanged,
 )
-from moshpit_client.receipt import Receipt, read_receipt
+from moshpit_client.receipt import Receipt, Shard, read_receipt
 from moshpit_client.shared_memory import NotShared, SharedBuffers
 from moshpit_client.tensors import (
     TensorSpec,
     View,
     add_change,
+    byte_at,
     canonical,
     pack,
     pack_into,
+    parts_of,
     read_spec,
     unpack,
     view,
+    write_part,
 )
 from moshpit_client.v1 import daemon_pb2 as pb
 
@@ -146,6 +150,8 @@ class Session:
         self._delta: Delta | None = None
         """The last one: two at once would count what the first brought twice."""
         self._budget: ComputeBudget | None = None
+        self._has_shards = request.shards
+        self._shard: Shard | None = None
         self._closed = False
         with connection.errors():
             # Held open, not read: the session lives as long as this call.
@@ -190,8 +196,7 @@ class Session:
         The tensors change only when the whole result has arrived; after any error they are as they were. Raises
         InvalidInput for tensors that cannot be written (JAX): use `average_values`.
         """
-        self._require()
-        self._require_applied()
+        self._require_whole()
         return self._average(weight, timeout, epoch, progress, self._step_of(normalise))
 
     def _average(
@@ -254,8 +259,7 @@ class Session:
                 train(batch)
             receipt = pending.apply()
         """
-        self._require()
-        self._require_applied()
+        self._require_whole()
         if apply not in ("overwrite", "delta"):
             raise InvalidInput(f"apply={apply!r}: give 'overwrite' or 'delta'")
         step = self._step_of(normalise)  # now: the trainer may compute the next one meanwhile
@@ -298,11 +302,8 @@ class Session:
         copy: False returns views of shared memory, where there is any: they hold until the session's next averaging
         begins. Together with `contribution` nothing is copied between trainer and daemon.
         """
-        self._require()
-        self._require_applied()
-        views = [self._given(spec, tensors) for spec in self._specs]
-        if unknown := sorted(tensors.keys() - {spec.name for spec in self._specs}):
-            raise InvalidInput(f"tensor {unknown[0]!r} is not of this session: open one that has it")
+        self._require_whole()
+        views = self._all_given(tensors)
         step = self._step_of(normalise)
         with self._turn:
             receipt, packed = self._exchange(views, self._new_staging, weight, timeout, epoch, progress, step)
@@ -314,6 +315,80 @@ class Session:
                 packed = packed.copy()
             arrays = unpack(packed, self._specs)
             return {each.spec.name: arrays[each.spec.name].view(each.native) for each in views}, receipt
+
+    def reduce_scatter(
+        self,
+        gradients: Mapping[str, object],
+        weight: float = 1.0,
+        timeout: float = 60.0,
+        progress: ProgressCall | None = None,
+    ) -> Receipt:
+        """In a session with shards: the mean of all peers' gradients, of this peer's shard, in place.
+
+            session.broadcast_shard()  # all begin with the same; a newcomer receives
+            for batch in batches:
+                gradients = gradients_of(parameters, batch)
+                session.reduce_scatter(gradients, weight=samples)
+                for name, part in session.shard.items():
+                    flat(parameters[name])[part] -= rate * flat(gradients[name])[part]
+                session.broadcast_shard()
+
+        gradients: of the names, shapes and dtypes of the session's tensors; looked up anew in each call. Outside of
+            `session.shard` they stay as they are.
+
+        An owner that does not come in time fails the call at all others with NoGroup, which names it; nothing has
+        changed then, call again. `receipt.shard.changed` tells when shards were made anew, because somebody died or
+        came. Raises ShardsChanged when this trainer itself was missed: call `broadcast_shard` first.
+        """
+        self._require_shards()
+        with self._turn:
+            views = self._all_given(gradients)
+            if frozen := next((each.spec.name for each in views if each.immutable), None):
+                raise InvalidInput(f"gradient {frozen!r} cannot be written: give a copy, np.array(...)")
+            receipt, packed = self._half(pb.HALF_REDUCE_SCATTER, views, weight, timeout, progress)
+            if packed is not None:
+                arrays, parts = unpack(packed, self._specs), self.shard
+                for each in views:
+                    if each.spec.name in parts:
+                        write_part(each, arrays[each.spec.name], parts[each.spec.name])
+            return receipt
+
+    def broadcast_shard(self, timeout: float = 60.0, progress: ProgressCall | None = None) -> Receipt:
+        """In a session with shards: give this peer's shard of the session's tensors, get all others', in place.
+
+        Over lossy paths what did not arrive stays as it was (`receipt.rounds[0].lossy.stale`) until the next time, and
+        each `reliable_every` steps all hold the same bits. A newcomer only receives, all of it: `receipt.joined`.
+        """
+        self._require_shards()
+        with self._turn:
+            views = [self._view(spec) for spec in self._specs]
+            receipt, packed = self._half(pb.HALF_BROADCAST_SHARD, views, 1.0, timeout, progress)
+            if packed is not None:
+                arrays = unpack(packed, self._specs)
+                for each in views:
+                    np.copyto(each.array, arrays[each.spec.name])
+            return receipt
+
+    @property
+    def shard(self) -> dict[str, slice]:
+        """What this peer owns of each tensor, flattened in C order; tensors of which it owns nothing are left out."""
+        return parts_of(self._specs, self._shard.start, self._shard.stop) if self._shard else {}
+
+    def _half(
+        self,
+        half: pb.Half.ValueType,
+        views: Sequence[View],
+        weight: float,
+        timeout: float,
+        progress: ProgressCall | None,
+    ) -> tuple[Receipt, npt.NDArray[np.uint8] | None]:
+        try:
+            receipt, packed = self._exchange(views, self._kept_staging, weight, timeout, None, progress, None, half)
+        except ShardsChanged:
+            self._shard = None
+            raise
+        self._shard = receipt.shard
+        return receipt, packed
 
     def compute_budget(
         self,
@@ -449,6 +524,20 @@ class Session:
         if self._closed:
             raise MoshpitError(f"session {self.name!r} is closed: open another")
 
+    def _require_whole(self) -> None:
+        self._require()
+        self._require_applied()
+        if self._has_shards:
+            raise InvalidInput(
+                f"session {self.name!r} has shards: call reduce_scatter and broadcast_shard by turns, or open another "
+                "without shards"
+            )
+
+    def _require_shards(self) -> None:
+        self._require()
+        if not self._has_shards:
+            raise InvalidInput(f"session {self.name!r} has no shards: open it with shards=True, or call average")
+
     def _in_background(self, future: Future[Receipt], work: Callable[[], None]) -> None:
         def run() -> None:
             if not future.set_running_or_notify_cancel():
@@ -506,6 +595,12 @@ class Session:
             raise InvalidInput(f"tensor {spec.name!r} is missing: give all that the session was opened with")
         return _checked(spec, view(spec.name, tensors[spec.name]))
 
+    def _all_given(self, tensors: Mapping[str, object]) -> list[View]:
+        views = [self._given(spec, tensors) for spec in self._specs]
+        if unknown := sorted(tensors.keys() - {spec.name for spec in self._specs}):
+            raise InvalidInput(f"tensor {unknown[0]!r} is not of this session: open one that has it")
+        return views
+
     def _exchange(
         self,
         views: Sequence[View],
@@ -515,9 +610,10 @@ class Session:
         epoch: int | None,
         progress: ProgressCall | None,
         step: _CountedStep | None,
+        half: pb.Half.ValueType = pb.HALF_UNSPECIFIED,
     ) -> tuple[Receipt, npt.NDArray[np.uint8] | None]:
-        """One averaging: the whole packed result, None when nobody else was there. `staging` is for one that is
-        streamed."""
+        """One averaging, or half of one: the whole packed result, of which after a reduce_scatter only the shard means
+        anything; None when nobody else was there. `staging` is for one that is streamed."""
         if epoch is not None and not 0 <= epoch < 1 << 64:
             raise InvalidInput(f"epoch={epoch}: give a whole number of at least 0")
         if step is not None:
@@ -525,7 +621,7 @@ class Session:
         if self._initial_peers > 1:
             timeout -= self._gather(self._initial_peers, timeout, progress)
         start = pb.AverageStart(
-            session_id=self.session_id, weight=float(weight), timeout_seconds=float(timeout), epoch=epoch
+            session_id=self.session_id, weight=float(weight), timeout_seconds=float(timeout), epoch=epoch, half=half
         )
         if step is not None:
             start.micro_batch_seconds.extend(step.seconds)
@@ -536,7 +632,8 @@ class Session:
             pack_into(shared.contribution, views)
         receipt: Receipt | None = None
         packed: npt.NDArray[np.uint8] | None = None
-        arrived = 0
+        first, last = 0, self._vector_bytes  # of what is to come
+        arrived = first
         with self._connection.errors():
             # The daemon bounds the call by its timeout, keepalive bounds the daemon.
             call = self._connection.calls.average(_requests(start, () if shared is not None else views))
@@ -547,12 +644,15 @@ class Session:
                             chunk = response.chunk
                             data = chunk.data
                             packed = staging() if packed is None else packed
-                            if chunk.offset != arrived or arrived + len(data) > len(packed):
+                            if chunk.offset != arrived or arrived + len(data) > last:
                                 raise DaemonBug("the daemon's result has a gap or is too long: report it with its log")
                             packed.data[arrived : arrived + len(data)] = data
                             arrived += len(data)
                         case "receipt":
                             receipt = read_receipt(response.receipt)
+                            if half == pb.HALF_REDUCE_SCATTER and (own := receipt.shard):
+                                first, last = byte_at(self._specs, own.start), byte_at(self._specs, own.stop)
+                                arrived = first
                         case "progress" if progress is not None:
                             progress(Progress(response.progress.text, response.progress.fraction))
                         case _:
@@ -562,8 +662,8 @@ class Session:
         self._initial_peers = 1
         if packed is None and shared is not None:
             packed = shared.result()
-        is_whole = arrived in (0, self._vector_bytes)
-        if receipt is None or not is_whole or (packed is None and receipt.outcome != "alone"):
+        is_whole = arrived in (first, last)
+        if receipt is None or not is_whole or (packed is None and receipt.outcome != "alone" and first < last):
             raise DaemonBug("the daemon's result has no receipt or is too short: report it with its log")
         self._shared_is_ours = True
         if step is not None and receipt.budget is not None:

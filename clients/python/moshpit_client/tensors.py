@@ -171,6 +171,35 @@ def unpack(packed: npt.NDArray[np.uint8], specs: Sequence[TensorSpec]) -> dict[s
     return arrays
 
 
+def parts_of(specs: Sequence[TensorSpec], start: int, stop: int) -> dict[str, slice]:
+    """What elements [start, stop) of the packed vector are of each tensor, flattened; others are left out."""
+    parts: dict[str, slice] = {}
+    first = 0
+    for spec in specs:
+        last = first + math.prod(spec.shape)
+        if max(start, first) < min(stop, last):
+            parts[spec.name] = slice(max(start, first) - first, min(stop, last) - first)
+        first = last
+    return parts
+
+
+def byte_at(specs: Sequence[TensorSpec], position: int) -> int:
+    """Where this element of the packed vector begins; that of the vector's end is its size."""
+    start = 0
+    for spec in specs:
+        elements = math.prod(spec.shape)
+        if position < elements:
+            return start + position * DTYPES[spec.dtype].itemsize
+        start, position = start + spec.byte_size, position - elements
+    return start
+
+
+def write_part(view: View, values: npt.NDArray[np.generic], part: slice) -> None:
+    """Of the flattened tensor."""
+    flat = view.array.reshape(-1) if view.array.flags.c_contiguous else view.array.flat
+    flat[part] = values.reshape(-1)[part]
+
+
 def add_change(view: View, before: npt.NDArray[np.generic], after: npt.NDArray[np.generic]) -> None:
     """Move the tensor as it is now by what lies between `before`, which is spoilt, and `after`, as `unpack` gives them.
 

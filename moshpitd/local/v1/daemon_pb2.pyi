@@ -148,6 +148,34 @@ NORMALISE_COMPUTED: Normalise.ValueType  # 2
 """Like nothing. The trainer gives the mean over the micro-batches it completed; each peer weighs as many as those."""
 Global___Normalise: _TypeAlias = Normalise  # noqa: Y015
 
+class _Half:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HalfEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Half.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HALF_UNSPECIFIED: _Half.ValueType  # 0
+    """Not given: the whole averaging of other sessions."""
+    HALF_REDUCE_SCATTER: _Half.ValueType  # 1
+    """Gradients in; the result holds the mean over all peers in this peer's shard, and nothing elsewhere. Streamed, only the
+    shard comes back: its first chunk's `offset` is where the shard begins.
+    """
+    HALF_BROADCAST_SHARD: _Half.ValueType  # 2
+    """Parameters in, whose shard counts; the result holds what each owner gave, and this peer's own values where that was lost."""
+
+class Half(_Half, metaclass=_HalfEnumTypeWrapper):
+    """One half of an averaging, in a session with shards."""
+
+HALF_UNSPECIFIED: Half.ValueType  # 0
+"""Not given: the whole averaging of other sessions."""
+HALF_REDUCE_SCATTER: Half.ValueType  # 1
+"""Gradients in; the result holds the mean over all peers in this peer's shard, and nothing elsewhere. Streamed, only the
+shard comes back: its first chunk's `offset` is where the shard begins.
+"""
+HALF_BROADCAST_SHARD: Half.ValueType  # 2
+"""Parameters in, whose shard counts; the result holds what each owner gave, and this peer's own values where that was lost."""
+Global___Half: _TypeAlias = Half  # noqa: Y015
+
 class _Outcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -261,6 +289,8 @@ class OpenSessionRequest(_message.Message):
     COMPRESSOR_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     RELIABLE_EVERY_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    ESTIMATOR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The session's name: sessions of one swarm with different names are separate averagings. Empty means "default"."""
     rounds: _builtins.int
@@ -304,6 +334,14 @@ class OpenSessionRequest(_message.Message):
     """
     reliable_every: _builtins.int
     """Lossy and auto: every so many averagings is one that loses nothing, after which all hold the same. 0: chosen by the loss."""
+    shards: _builtins.bool
+    """Owners that stay: each peer owns a shard, a part of the vector, and Average does one half of an averaging at a time, as its
+    `half` says. All peers alike. One trainer a daemon, no epochs, no compressors; `reliable_every` counts steps of two calls.
+    """
+    estimator: _builtins.str
+    """With shards: how means are estimated where values are lost: "difference" (default: to the owner's own values) or
+    "horvitz-thompson" (the values themselves are scaled up, for gradients that have nothing in common).
+    """
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """The tensors, in any order. Vectors travel packed in canonical order: float64 tensors first, then float32, float16,
@@ -328,10 +366,12 @@ class OpenSessionRequest(_message.Message):
         compressor: _builtins.str = ...,
         transport: _builtins.str = ...,
         reliable_every: _builtins.int = ...,
+        shards: _builtins.bool = ...,
+        estimator: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["averaging", b"averaging", "barrier_every", b"barrier_every", "codec", b"codec", "compressor", b"compressor", "group_size", b"group_size", "joining", b"joining", "lockstep", b"lockstep", "lonely_wait_seconds", b"lonely_wait_seconds", "min_peers", b"min_peers", "name", b"name", "reliable_every", b"reliable_every", "rounds", b"rounds", "shared_memory", b"shared_memory", "tensors", b"tensors", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averaging", b"averaging", "barrier_every", b"barrier_every", "codec", b"codec", "compressor", b"compressor", "estimator", b"estimator", "group_size", b"group_size", "joining", b"joining", "lockstep", b"lockstep", "lonely_wait_seconds", b"lonely_wait_seconds", "min_peers", b"min_peers", "name", b"name", "reliable_every", b"reliable_every", "rounds", b"rounds", "shards", b"shards", "shared_memory", b"shared_memory", "tensors", b"tensors", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -860,6 +900,7 @@ class AverageStart(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     MICRO_BATCH_SECONDS_FIELD_NUMBER: _builtins.int
+    HALF_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """From OpenSessionResponse."""
     weight: _builtins.float
@@ -870,6 +911,11 @@ class AverageStart(_message.Message):
     """Meet only peers with the same epoch. Unset: the newest open averaging."""
     shared_memory: _builtins.bool
     """The values lie in the session's shared memory, attached before: no chunks follow, and none need to come back."""
+    half: Global___Half.ValueType
+    """In a session with shards, and only there: which half. All trainers call the two by turns, alike; a newcomer begins with
+    HALF_BROADCAST_SHARD and receives. After FAILED_PRECONDITION with the metadata `moshpitd-error: ShardsChanged` the others
+    have made new shards without this peer: broadcast first, then reduce.
+    """
     @_builtins.property
     def micro_batch_seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """With a compute budget, and only then: how long each completed micro-batch of this step took, in order, in seconds.
@@ -885,10 +931,11 @@ class AverageStart(_message.Message):
         epoch: _builtins.int | None = ...,
         shared_memory: _builtins.bool = ...,
         micro_batch_seconds: _abc.Iterable[_builtins.float] | None = ...,
+        half: Global___Half.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_timeout_seconds", b"_timeout_seconds", "_weight", b"_weight", "epoch", b"epoch", "timeout_seconds", b"timeout_seconds", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_timeout_seconds", b"_timeout_seconds", "_weight", b"_weight", "epoch", b"epoch", "micro_batch_seconds", b"micro_batch_seconds", "session_id", b"session_id", "shared_memory", b"shared_memory", "timeout_seconds", b"timeout_seconds", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_timeout_seconds", b"_timeout_seconds", "_weight", b"_weight", "epoch", b"epoch", "half", b"half", "micro_batch_seconds", b"micro_batch_seconds", "session_id", b"session_id", "shared_memory", b"shared_memory", "timeout_seconds", b"timeout_seconds", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
     _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
@@ -1024,6 +1071,7 @@ class Receipt(_message.Message):
     COMPRESSOR_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
     outcome: Global___Outcome.ValueType
     """How it ended."""
     epoch: _builtins.int
@@ -1074,6 +1122,10 @@ class Receipt(_message.Message):
     def version(self) -> Global___Version:
         """Of a wait-avoiding session: what became of the call. `epoch` is then the version, and `rounds` has at most one."""
 
+    @_builtins.property
+    def shard(self) -> Global___Shard:
+        """Of a session with shards: what this peer owns from here on. Unset while it owns nothing: a newcomer that received."""
+
     def __init__(
         self,
         *,
@@ -1094,14 +1146,49 @@ class Receipt(_message.Message):
         compressor: _builtins.str = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
         version: Global___Version | None = ...,
+        shard: Global___Shard | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "local", b"local", "seconds", b"seconds", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "local", b"local", "seconds", b"seconds", "shard", b"shard", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "compressor", b"compressor", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "local", b"local", "notes", b"notes", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "version", b"version", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bytes", b"bytes", "compressor", b"compressor", "digest", b"digest", "epoch", b"epoch", "grid", b"grid", "joined", b"joined", "local", b"local", "notes", b"notes", "outcome", b"outcome", "peers", b"peers", "rounds", b"rounds", "seconds", b"seconds", "session", b"session", "shard", b"shard", "version", b"version", "weight_total", b"weight_total", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class Shard(_message.Message):
+    """What a peer owns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """First element of the vector."""
+    stop: _builtins.int
+    """One past the last."""
+    version: _builtins.bytes
+    """Of who owns what: the same at all owners, another one as soon as anybody's shard is."""
+    changed: _builtins.bool
+    """The shards were made anew in this call: what the optimizer keeps of these elements may be with another peer."""
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        stop: _builtins.int = ...,
+        version: _builtins.bytes = ...,
+        changed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "start", b"start", "stop", b"stop", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Shard: _TypeAlias = Shard  # noqa: Y015
 
 @_typing.final
 class Version(_message.Message):
