@@ -878,7 +878,7 @@ class LossyReduce:
             loss, arrived = self._paths.losses.of(self.group.members[rank].peer, peers), stream.arrived[at].copy()
             entries.append(Entry(rank, coordinate, self._weights[rank], loss, slots, arrived))
         empty = self._contributions and not np.any([e.arrived for e in entries if e.slots], axis=0).all()
-        if self._contributions:
+        if self._contributions and not self.is_reliable:
             self.repaired += int(np.any([s.repaired[at] for s in self._contributions.values()], axis=0).sum())
         if empty:
             self._log(f"ranges {cut.first}..{cut.stop} lack what nobody could send again")
