@@ -13,7 +13,6 @@ import moshpit_client
 from moshpit_client import Daemon
 from tests.client.conftest import DEADLINE_S, DaemonProcess
 
-
 WAIT_AVOIDING = {"averaging": "wait_avoiding", "group_size": 2, "barrier_every": 9, "min_peers": 2}
 
 
