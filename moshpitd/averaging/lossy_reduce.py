@@ -439,6 +439,8 @@ class LossyReduce:
                 for r in range(len(peers))
                 if self._weights[r] > 0 and r not in self._dropped and (rank != self.rank or self._came_from(r))
             ]
+            if self._part is Part.GATHER:
+                heard = [rank]
             if stop > start:
                 lines.append(SpanLine(peer, start, stop, tuple(peers[r] for r in heard)))
         return tuple(lines)

@@ -135,7 +135,8 @@ class RoundReceipt:
     relative_error: float = 0.0
     """Of its contribution as others decode it, by norm, measured on some of the chunks."""
     stage: str = "dense"
-    """What was averaged: the values themselves, or what a compressor made of them (sketch, rows)."""
+    """What was averaged: the values themselves, or what a compressor made of them (sketch, rows). With shards which
+    half it was: reduce_scatter, broadcast_shard."""
     transport_why: str = ""
     """Why lossy or not, where there was a choice."""
     lossy: LossyLine | None = None

@@ -2074,6 +2074,7 @@ class Session:
         dropped = [DroppedLine(absent.peer, absent.why) for absent in group.absent]
         dropped += reduction.dropped_lines()
         without_owner = current.muster.why if current.muster else ""
+        stage = current.course.stage.name if current.course else "dense"
         whole = reduction.is_complete and not group.absent and not without_owner
         outcome = Outcome.ALONE if not committed else Outcome.COMPLETE if whole else Outcome.PARTIAL
         reasons = [f"{short(line.peer)} {line.why}" for line in dropped] + ([without_owner] if without_owner else [])
@@ -2102,7 +2103,7 @@ class Session:
             codec_why=self._codec_why(group),
             bits_per_element=reduction.bits_per_element,
             relative_error=reduction.relative_error,
-            stage=current.course.stage.name if current.course else "dense",
+            stage=current.muster.half.value if current.muster else stage,
             transport_why=self._transport_why(reduction, current.course),
             lossy=lossy,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from moshpitd.averaging.names import PeerId, short
 from moshpitd.cli.forms import KINDS, NORMALISATIONS, OUTCOMES
@@ -54,7 +54,11 @@ def _averaging(receipt: pb.Receipt) -> Iterator[str]:
         said = f" {'; '.join(receipt.notes)}." if receipt.notes else ""
         yield f"Compressor {receipt.compressor} went through {', then '.join(stages) or 'nothing'}.{said}"
     if receipt.joined:
-        yield "This peer was new, so it gave no weight and received the swarm's mean."
+        received = "what the owners of shards hold" if _is_broadcast(receipt.rounds) else "the swarm's mean"
+        yield f"This peer was new, so it gave no weight and received {received}."
+    if receipt.HasField("shard"):
+        anew = "; the shards were made anew in this call" if receipt.shard.changed else ""
+        yield f"This peer owns elements {receipt.shard.start:,} to {receipt.shard.stop:,}{anew}."
     if receipt.HasField("budget"):
         line = receipt.budget
         yield (
@@ -111,6 +115,9 @@ def _round(receipt: pb.Receipt, round_: pb.Round, own: str) -> Iterator[str]:
     )
     everybody = {member.peer for member in round_.members}
     for span in round_.spans:
+        if _is_broadcast([round_]):
+            yield f"  {_who(span.reducer, own)} gave elements {span.start:,} to {span.stop:,}."
+            continue
         missing = sorted(everybody - set(span.contributors))
         share = f"without {', '.join(_who(peer, own) for peer in missing)}" if missing else "from all members"
         yield f"  {_who(span.reducer, own)} reduced elements {span.start:,} to {span.stop:,}, {share}."
@@ -127,7 +134,12 @@ def _round(receipt: pb.Receipt, round_: pb.Round, own: str) -> Iterator[str]:
     if round_.HasField("lossy"):
         yield from _lossy(round_, own)
         return
-    yield f"  Whoever shows group id {round_.group_id.hex()} holds the same bits, digest {round_.digest.hex()}."
+    if round_.digest:  # each holds its own shard after a reduce_scatter
+        yield f"  Whoever shows group id {round_.group_id.hex()} holds the same bits, digest {round_.digest.hex()}."
+
+
+def _is_broadcast(rounds: Iterable[pb.Round]) -> bool:
+    return any(round_.stage == "broadcast_shard" for round_ in rounds)
 
 
 def _lossy(round_: pb.Round, own: str) -> Iterator[str]:

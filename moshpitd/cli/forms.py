@@ -137,6 +137,16 @@ def receipt(message: pb.Receipt) -> Json:
         "rounds": [_round(round_) for round_ in message.rounds],
         "budget": budget(message.budget) if message.HasField("budget") else None,
         "version": _version(message.version) if message.HasField("version") else None,
+        "shard": _shard(message.shard) if message.HasField("shard") else None,
+    }
+
+
+def _shard(message: pb.Shard) -> Json:
+    return {
+        "start": message.start,
+        "stop": message.stop,
+        "version": message.version.hex(),
+        "changed": message.changed,
     }
 
 

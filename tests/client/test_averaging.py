@@ -162,6 +162,7 @@ def test_the_receipt_is_the_contracts_json(daemon: Daemon) -> None:
         "local": {"trainers": 1, "weight": 2.0},
         "budget": None,
         "version": None,
+        "shard": None,
         "compressor": "dense",
         "notes": [],
     }

@@ -1411,7 +1411,8 @@ class Round(_message.Message):
     """
     stage: _builtins.str
     """What was averaged: "dense", the values themselves; "sketch" and "rows" where a compressor chose: `start` and `stop` of
-    spans then count elements of what was sent. A sketch is added up, not averaged.
+    spans then count elements of what was sent. A sketch is added up, not averaged. With shards "reduce_scatter" or
+    "broadcast_shard": in that the spans' contributors are their owners, and nothing is averaged.
     """
     transport_why: _builtins.str
     """Why lossy or not, where there was a choice."""
