@@ -48,6 +48,7 @@ from moshpitd.averaging.messages import (
     Member,
     Message,
     Redirect,
+    Standing,
     TooShort,
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, Rank, short
@@ -954,6 +955,7 @@ def join_is_sound(join: Join) -> bool:
         and len(join.cell) <= AXES_MAX
         and len(join.applicant.agreement) <= AGREEMENT_BYTES_MAX
         and report_is_sound(join.applicant.paths)
+        and standing_is_sound(join.applicant.standing, join.k)
     )
 
 
@@ -976,8 +978,14 @@ def is_sound(group: Group, layout: Layout) -> bool:
         and 0 < group.budget_s < float("inf")
         and 4096 <= group.chunk_bytes <= CHUNK_BYTES_MAX
         and all(report_is_sound(member.paths) for member in group.members)
+        and all(standing_is_sound(member.standing, group.k) for member in group.members)
         and (not group.transport or len(group.members) <= MEMBERS_MAX)
     )
+
+
+def standing_is_sound(standing: Standing, k: int) -> bool:
+    """Whether one who comes to averaging k can own that: nobody took part in what is yet to come."""
+    return 0 <= standing.through <= k + 1 and 0 <= standing.start <= standing.stop
 
 
 def grace_from(offsets_s: list[float], *, factor: float, floor_s: float) -> float:

@@ -17,6 +17,7 @@ handed in, wishes go out as effects.
 What is averaged the session's compressor says (compressors/stages.py): a run an averaging, made of stages that each go
 through R rounds along the same axes. The stage in slot s has the rounds s * R and following. A run is dropped when a
 stage met nobody, or when the time is up between two stages: then the averaging ends alone, and nothing has changed.
+With shards an averaging is one round of all peers, half an all-reduce; who takes part in it shards.py knows.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from moshpitd.averaging.messages import (
     MatchmakingMessage,
     Member,
     Redirect,
+    Standing,
     TooShort,
 )
 from moshpitd.averaging.names import GroupId, Incarnation, Key, PeerId, digest, key, short
@@ -786,6 +787,8 @@ def test_6_it_closes_while_the_most_hurried_still_has_time_for_the_data() -> Non
         lambda g: replace(g, members=(replace(g.members[0], weight=-1.0), *g.members[1:])),
         lambda g: replace(g, members=(replace(g.members[0], weight=float("nan")), *g.members[1:])),
         lambda g: replace(g, members=(replace(g.members[0], dialable=False), *g.members[1:])),
+        lambda g: replace(g, members=(replace(g.members[0], standing=Standing(through=g.k + 2)), *g.members[1:])),
+        lambda g: replace(g, members=(replace(g.members[0], standing=Standing(start=2, stop=1)), *g.members[1:])),
     ],
 )
 def test_7_an_impossible_group_is_refused(spoil: Callable[[Group], Group]) -> None:

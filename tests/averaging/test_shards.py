@@ -369,6 +369,63 @@ def test_sharded_training_over_lossy_paths_ends_where_unsharded_training_does() 
     assert max(apart[20:]) <= max(apart[:20]), "no drift"
 
 
+def free_trainer(trainers: Trainers, peer: Peer, errors: list[SessionError]) -> None:
+    """Calls by turns, and again what failed; who is told to receive first does."""
+    half = BROADCAST
+
+    def call() -> None:
+        values = trainers.parameters[peer] if half is BROADCAST else trainers.draw()
+        trainers.swarm.start_if_alive(peer, Vector.of({"w": values}), Call(timeout_s=10.0, half=half))
+
+    def ended(ending: Ending) -> None:
+        nonlocal half
+        if ending.error is not None:
+            errors.append(ending.error)
+            half = BROADCAST if isinstance(ending.error, Precondition) else half
+        elif half is BROADCAST:
+            trainers.parameters[peer] = ending.values.copy()
+            half = SCATTER
+        else:
+            trainers.parameters[peer][own(ending)] += 1.0
+            half = BROADCAST
+        trainers.swarm.at(trainers.swarm.now + trainers.swarm.rng.uniform(0.05, 1.0), call)
+
+    peer.on_end = ended
+    call()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_trainers_that_run_free_go_on_whoever_dies_comes_or_stands_still(seed: int) -> None:
+    trainers = Trainers(4, loss=0.1, seed=seed, chosen={"transport": Transport("lossy", every=3), "min_peers": 2})
+    swarm = trainers.swarm
+    errors: dict[Peer, list[SessionError]] = {}
+
+    def put_to_work(peers: Sequence[Peer]) -> None:
+        for peer in peers:
+            free_trainer(trainers, peer, errors.setdefault(peer, []))
+
+    put_to_work(trainers.peers)
+    swarm.run_for(6.0)
+    swarm.kill(swarm.rng.choice(trainers.peers), silent=seed == 0)
+    swarm.run_for(5.0)
+    put_to_work(trainers.join())
+    swarm.run_for(5.0)
+    stopped = swarm.rng.choice(trainers.peers)
+    swarm.pause(stopped)
+    swarm.run_for(30.0)
+    swarm.resume(stopped)
+    swarm.run_for(30.0)
+    before = {peer: len(peer.endings) for peer in trainers.peers}
+    failures = {peer: len(errors[peer]) for peer in trainers.peers}
+    swarm.run_for(20.0)
+    assert all(len(peer.endings) - before[peer] > 10 for peer in trainers.peers)
+    assert {peer: len(errors[peer]) for peer in trainers.peers} == failures, "all is well again"
+    assert swarm.protocol_errors == []
+    shards = [shard_of(next(e for e in reversed(peer.endings) if e.receipt)) for peer in trainers.peers]
+    assert len({shard.version for shard in shards}) == 1
+    assert sum(shard.stop - shard.start for shard in shards) == ELEMENTS
+
+
 # ---- what is refused
 
 

@@ -126,6 +126,23 @@ def test_explain_tells_what_a_compressor_made_of_it(fake_daemon: FakeDaemon, mos
     assert f"for the rows, along axis 1: {len(left.members)} met and averaged nothing. Why: not the same rows." in said
 
 
+def test_explain_tells_who_gave_which_shard(fake_daemon: FakeDaemon, moshpitd: Moshpitd) -> None:
+    told = receipt(pb.OUTCOME_COMPLETE)
+    told.joined = True
+    told.shard.MergeFrom(pb.Shard(start=0, stop=5000, version=b"version!", changed=True))
+    told.rounds[0].stage = "broadcast_shard"
+    fake_daemon.receipts = [told]
+    said = moshpitd("explain", "last").stdout
+    assert "received what the owners of shards hold" in said
+    assert "This peer owns elements 0 to 5,000; the shards were made anew in this call." in said
+    span = told.rounds[0].spans[0]
+    assert f"gave elements {span.start:,} to {span.stop:,}." in said
+    assert "reduced elements" not in said
+    as_json = json.loads(moshpitd("rounds", "--json").stdout)
+    (shard,) = [each["shard"] for each in as_json["receipts"]]
+    assert shard == {"start": 0, "stop": 5000, "version": b"version!".hex(), "changed": True}
+
+
 def test_explain_tells_what_was_lost_and_what_became_of_it(fake_daemon: FakeDaemon, moshpitd: Moshpitd) -> None:
     told = receipt(pb.OUTCOME_COMPLETE)
     (round_,) = told.rounds
