@@ -72,7 +72,7 @@ class LossyGroupOnPaper:
         self._order = itertools.count()
         self._given = [vector.buffer.copy() for vector in values]
         self._values = values
-        self.results = [Vector.empty(vector.layout) for vector in values]
+        self.results = [Vector.zeros(vector.layout) for vector in values]
         self.machines = [
             LossyReduce(
                 group,

@@ -138,8 +138,8 @@ def test_explain_tells_who_gave_which_shard(fake_daemon: FakeDaemon, moshpitd: M
     span = told.rounds[0].spans[0]
     assert f"gave elements {span.start:,} to {span.stop:,}." in said
     assert "reduced elements" not in said
-    as_json = json.loads(moshpitd("rounds", "--json").stdout)
-    (shard,) = [each["shard"] for each in as_json["receipts"]]
+    listed = json.loads(moshpitd("rounds", "--json").stdout)
+    (shard,) = [each["shard"] for each in listed["averagings"]]
     assert shard == {"start": 0, "stop": 5000, "version": b"version!".hex(), "changed": True}
 
 
