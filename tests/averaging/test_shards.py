@@ -163,6 +163,25 @@ def test_what_is_lost_stays_as_it_was_and_a_reliable_step_brings_all_to_the_same
         assert all(0 < each < ELEMENTS / 4 for each in stale)
 
 
+def test_owners_between_whom_no_datagram_passes_have_each_other_all_the_same() -> None:
+    trainers = Trainers(4, loss=0.1, chosen={"transport": Transport("lossy", every=100)})
+    trainers.broadcast()
+    one, other, *_ = trainers.peers
+    trainers.swarm.no_datagrams.add(frozenset((one.id, other.id)))
+    took: list[float] = []
+    for _ in range(3):
+        began = trainers.swarm.now
+        trainers.step()
+        took.append(trainers.swarm.now - began)
+    assert max(took[1:]) < 1.0 < took[0] < 10.0, "found out in the first call, known from then on"
+    for peer, blocked in ((one, other), (other, one)):
+        for ending in peer.endings[-2:]:
+            assert ending.told.outcome is Outcome.COMPLETE, ending.told.why
+            lossy = ending.told.rounds[0].lossy
+            assert lossy is not None
+            assert [line.peer for line in lossy.links if line.blocked] == [blocked.id]
+
+
 @pytest.mark.parametrize("form", list(Form))
 def test_the_mean_of_a_shard_does_not_lean_whoever_is_heard(form: Form) -> None:
     values = normal_vectors(4, 5 * ALIGNMENT, seed=5)
