@@ -57,7 +57,9 @@ class Identity:
     def open(cls, data_dir: Path, *, wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> Identity:
         """The identity kept in `data_dir`; both are made if they are not there. Raises `IdentityError`."""
         try:
-            data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for directory in (*reversed(data_dir.parents), data_dir):
+                if not directory.exists():  # `parents=True` would open those above to others, sockets beside us as well
+                    directory.mkdir(mode=0o700, exist_ok=True)
             path = data_dir / KEY_FILE
             if not path.exists():
                 _create_key(path)

@@ -25,10 +25,11 @@ def test_a_restart_keeps_the_peer_and_draws_another_incarnation(tmp_path: Path) 
     assert before.incarnation != after.incarnation
 
 
-def test_nobody_else_can_read_the_key(tmp_path: Path) -> None:
-    Identity.open(tmp_path / "data")
-    assert stat.S_IMODE(key_file(tmp_path / "data").stat().st_mode) == 0o600
-    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+def test_nobody_else_can_read_the_key_nor_enter_a_directory_made_for_it(tmp_path: Path) -> None:
+    Identity.open(tmp_path / "home" / "data")
+    assert stat.S_IMODE(key_file(tmp_path / "home" / "data").stat().st_mode) == 0o600
+    for directory in (tmp_path / "home" / "data", tmp_path / "home"):  # where the socket may be, as in the README
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
 def test_a_key_that_others_can_read_is_refused_with_the_way_out(tmp_path: Path) -> None:
