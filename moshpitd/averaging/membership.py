@@ -258,9 +258,17 @@ class Membership:
         lease, mark = known.record, self._marks.get(known.peer)
         return (max(lease.k, mark.k), max(lease.last_k, mark.last_k)) if mark else (lease.k, lease.last_k)
 
+    def stranger(self) -> tuple[PeerId, bytes] | None:
+        """A live session of our name with other terms, and the digest of those; of most's, if most are against us."""
+        peer = self.majority_against_us() or min((known.peer for known in self._strangers()), default=None)
+        return (peer, self._aside[peer].record.terms) if peer else None
+
+    def _strangers(self) -> list[Known]:
+        return [known for peer, known in self._aside.items() if peer not in self._suspects and known.record.terms]
+
     def majority_against_us(self) -> PeerId | None:
         """Somebody whose terms most live sessions share, when ours are not among them; the later joiner loses a tie."""
-        strangers = [known for peer, known in self._aside.items() if peer not in self._suspects and known.record.terms]
+        strangers = self._strangers()
         if not strangers:
             return None
         camps = Counter(known.record.terms for known in strangers)

@@ -153,6 +153,9 @@ Reduction = AllReduce | LossyReduce
 NAME_DEFAULT = "default"
 TIMEOUT_DEFAULT_S = 60.0
 LONELY_WAIT_DEFAULT_S = 1.0
+LONELY_HALVINGS_MAX = 5
+STRANGE_FOR_S = 1.0
+"""Who differs for so long is asked in what, to tell people."""
 LOOK_AGAIN_S = 3.0
 """After an averaging in which somebody was missing: by then the others have ended theirs, and their leases say whether
 they count as we do."""
@@ -193,7 +196,8 @@ class SessionOptions:
     joining: str = "receive"
     """receive: a newcomer's first averaging has weight 0; contribute: its values count at once."""
     lonely_wait_s: float = LONELY_WAIT_DEFAULT_S
-    """How long an averaging looks for somebody while nobody else is known; then it ends alone."""
+    """How long an averaging looks for somebody while nobody else is known; then it ends alone, and the next one looks
+    half as long."""
     wait_avoidance: WaitAvoidance | None = None
     """How versions run without waiting for anybody; None: averagings are synchronous."""
     transport: Transport = EVERYTHING_ARRIVES
@@ -358,6 +362,10 @@ class SessionStatus:
     live_sessions: int
     averagings: dict[str, int] = field(default_factory=dict)
     """Ended averagings by outcome: complete, partial, alone, failed."""
+    differs: str = ""
+    """In words, somebody with other terms under this session's name."""
+    is_outvoted: bool = False
+    """Most sessions of this name have other terms."""
     cohort: CohortStatus | None = None
     """Of a wait-avoiding session."""
     budget: BudgetLine | None = None
@@ -461,6 +469,8 @@ class Averaging:
     roster_seen: bool = False
     next_look_up: float = 0.0
     next_word: float = 0.0
+    lonely_until: float = math.inf
+    """If nobody else is known by then, there is nobody to wait for."""
     round_started_at: float = 0.0
     reduce_started_at: float = 0.0
     plan: Plan | None = None
@@ -546,6 +556,12 @@ class Session:
         self._deferred: dict[PeerId, Join] = {}
         """Under plans we do not know yet, the newest of each sender."""
         self._terms_asked_at = -math.inf
+        self._lonely_calls = 0
+        """Averagings in a row for which nobody else was there."""
+        self._strange_since = math.inf
+        """Since when somebody with other terms is known."""
+        self._told_apart: tuple[PeerId, bytes, str] | None = None
+        """Who has other terms under our name, the digest of those, and the first difference."""
         self._started_at = -math.inf
         self._periods_s: deque[float] = deque(maxlen=8)
         """From one call of our trainer to its next."""
@@ -624,6 +640,9 @@ class Session:
         # A round that failed may still have a job under way, which writes into what was its spare.
         free = [spare for spare in spares if self.is_free(spare)]
         self._current = Averaging(call, now, now + call.timeout_s, vector, free, k, call.weight)
+        # Half as long from one lonely call to the next: who is left alone does not come to a halt, and still looks.
+        lonely_wait_s = self.options.lonely_wait_s / (1 << min(self._lonely_calls, LONELY_HALVINGS_MAX))
+        self._current.lonely_until = now + min(lonely_wait_s, 0.9 * call.timeout_s)
         self._current.shard_before = self._shards.shard if self._shards else None
         settles = self._compressor.state_layout is not None
         settle_s = min(SETTLE_RESERVE_S, SETTLE_SHARE * call.timeout_s) if settles else 0.0
@@ -822,6 +841,8 @@ class Session:
                 moments.append(self._current.rounds_until)
             if self.state is State.GATHERING:
                 moments.append(self._current.next_look_up)
+                if self._current.roster_seen and self._is_lonely():
+                    moments.append(self._current.lonely_until)
         if self._look_again_at is not None:
             moments.append(self._look_again_at)
         return min((m for m in moments if m is not None), default=None)
@@ -918,6 +939,8 @@ class Session:
             self._members.cell(plan, self._next_k) if plan else (),
             self._members.live_count(),
             dict(self.outcomes),
+            differs=self._differs(),
+            is_outvoted=self._members.majority_against_us() is not None,
             budget=self._budget_line(),
         )
 
@@ -999,11 +1022,11 @@ class Session:
             return
         live = self._members.live_count()
         self._notice_cohort()
-        lonely = live == 1 and self._members.sessions_needed() <= 1
         if not current.roster_seen and now < current.started_at + 2.0:
             self._look_up_if_due(now)
             return
-        if lonely and now >= current.started_at + min(self.options.lonely_wait_s, current.call.timeout_s * 0.9):
+        if self._is_lonely() and now >= current.lonely_until:
+            self._lonely_calls += 1
             self._finish_alone("nobody else is in this averaging", now)
             return
         if live > 1:  # we may have started before we knew what the swarm counts
@@ -1022,6 +1045,10 @@ class Session:
         current.joined = newcomer and self._members.has_history(current.k)
         current.weight = 0.0 if current.joined else current.call.weight
         self._begin_run(now)
+
+    def _is_lonely(self) -> bool:
+        """Nobody else is known, and nobody else is needed."""
+        return self._members.live_count() == 1 and self._members.sessions_needed() <= 1
 
     def _notice_cohort(self) -> None:
         """Without waiting nobody needs `min_peers` any more once a barrier was passed: by us, or by the others while we
@@ -1063,11 +1090,21 @@ class Session:
     def _plan_in_force(self) -> Plan | None:
         return self._members.plan_for(self._current.k if self._current else self._next_k)
 
+    def _differs(self) -> str:
+        """Who else has a session of our name open and is not met, and why."""
+        stranger = self._members.stranger()
+        if self._told_apart is None or stranger != self._told_apart[:2]:
+            return ""
+        peer, _, difference = self._told_apart
+        return f"{short(peer)} has a session of this name too, but is not met: {difference}"
+
     def _waiting_for(self, now: float) -> str:
         current = self._current
         if current is None:
             return ""
-        left = f"{max(0.0, current.deadline - now):.0f} s left"
+        left = f"{current.deadline - now:.0f} s left" if now < current.deadline else "and time is up"
+        if self.state is State.GATHERING and (differs := self._differs()):
+            left += f"; {differs}"
         live, needed = self._members.live_count(), self._members.sessions_needed()
         match self.state:
             case State.GATHERING if live < needed:
@@ -1107,10 +1144,16 @@ class Session:
 
     def _roster_changed(self, now: float) -> None:
         """The leases we know changed: compare terms, renew plans and lines."""
-        against = self._members.majority_against_us()
-        if against and self._current and self.state is State.GATHERING and now >= self._terms_asked_at + 1.0:
+        stranger = self._members.stranger()
+        self._strange_since = min(self._strange_since, now) if stranger else math.inf
+        if self._members.majority_against_us() and self._current and self.state is State.GATHERING:
+            is_asked = True
+        else:  # one that is a stranger for a moment only has changed its options just before us, or after
+            is_known = self._told_apart is not None and self._told_apart[:2] == stranger
+            is_asked = not is_known and now >= self._strange_since + STRANGE_FOR_S
+        if stranger and is_asked and now >= self._terms_asked_at + 1.0:
             self._terms_asked_at = now
-            self._tell(against, self._members.address_of(against), TermsWanted())
+            self._tell(stranger[0], self._members.address_of(stranger[0]), TermsWanted())
         for holder in (self._members.unknown_plan_holder(now), self._members.strange_plan_holder()):
             if holder is not None:
                 self._tell(holder, self._members.address_of(holder), PlanWanted())
@@ -1123,14 +1166,15 @@ class Session:
         return TermsNotice(self.terms, tensors)
 
     def _compare_terms(self, notice: TermsNotice, sender: PeerId) -> None:
-        if self._current is None or self.state is not State.GATHERING or self._members.majority_against_us() is None:
-            return
         difference = self.terms.first_difference(notice.terms)
         if difference is None:
             return
         if notice.terms.layout != self.terms.layout:
             theirs = Layout(notice.tensors)
             difference = self.options.layout.first_difference(theirs) or difference
+        self._told_apart = sender, notice.terms.digest, difference
+        if self._current is None or self.state is not State.GATHERING or self._members.majority_against_us() is None:
+            return
         self._fail(
             Precondition(
                 f"this session differs from most of the swarm ({short(sender)} among them): {difference}. "
@@ -2013,6 +2057,7 @@ class Session:
             self._members.took_part(peer, current.k)
         newest = self._members.newest_plan()
         if receipt.outcome is not Outcome.ALONE:
+            self._lonely_calls = 0
             self._last_k, self._next_k = current.k, current.k + 1
         elif any(len(r.members) > 1 for r in current.rounds):
             # A group was closed with us in it: another try under its key would be answered with that same group.
@@ -2113,7 +2158,7 @@ class Session:
         """What a person should know of why values were lost in this group, or were not."""
         group = reduction.group
         if isinstance(reduction, LossyReduce) and reduction.averages_reliable:
-            return f"{group.transport_why}; the averages were not, because the members' weights differ"
+            return f"{group.transport_why}; the averages came over TCP, because the members' weights differ"
         if isinstance(reduction, AllReduce) and group.transport and course:
             return f"reliable: the {course.stage.name} must arrive whole"
         return group.transport_why

@@ -62,6 +62,8 @@ def status(message: pb.GetStatusResponse) -> Json:
                 "grid": session.grid,
                 "cell": list(session.cell),
                 "live_sessions": session.live_sessions,
+                "differs": session.differs,
+                "is_outvoted": session.is_outvoted,
                 "vector_bytes": session.vector_bytes,
                 "averagings": dict(session.averagings),
                 "codec": session.codec,

@@ -51,6 +51,8 @@ def status(message: pb.GetStatusResponse) -> None:
             )
         console.print(table)
         for session in message.sessions:
+            if session.differs:
+                console.print(escape(f"{session.name}: {session.differs}"), soft_wrap=True, highlight=False)
             if session.HasField("budget"):
                 console.print(
                     f"compute budget of {escape(session.name)}: {escape(budget(session.budget))}", soft_wrap=True

@@ -451,6 +451,8 @@ def _session_message(line: HouseholdLine, hops: Mapping[str, LocalHop]) -> pb.Se
         grid=line.status.grid,
         cell=line.status.cell,
         live_sessions=line.status.live_sessions,
+        differs=line.status.differs,
+        is_outvoted=line.status.is_outvoted,
         vector_bytes=line.options.layout.byte_size,
         averagings=line.status.averagings,
         codec=line.options.codec,

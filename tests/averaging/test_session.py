@@ -12,6 +12,7 @@ import pytest
 
 from moshpitd.averaging.errors import InvalidInput, NoGroup, Precondition, Unavailable
 from moshpitd.averaging.messages import Farewell, PlanNotice
+from moshpitd.averaging.names import short
 from moshpitd.averaging.receipt import Outcome, Receipt
 from moshpitd.averaging.session import Call, SessionConfig
 from moshpitd.averaging.vector import Vector
@@ -339,6 +340,22 @@ def test_alone_is_an_outcome_that_keeps_k_and_the_values() -> None:
         assert np.array_equal(story.endings[peer].values, story.given[peer][0])
 
 
+def test_who_is_left_alone_looks_for_others_ever_more_briefly_and_still_meets_them() -> None:
+    swarm, (peer,) = swarm_of(1)
+
+    took = [average(swarm, [peer]).receipts[peer].seconds_total for _ in range(8)]
+
+    assert took[:3] == pytest.approx([1.0, 0.5, 0.25], abs=0.05)
+    assert max(took[5:]) < 0.1
+    other = swarm.open("other", peer.machine.options)
+    swarm.run_for(1.0)
+    story = average(swarm, [peer, other])
+    assert {receipt.outcome for receipt in story.receipts.values()} == {Outcome.COMPLETE}
+    swarm.close(other)
+    swarm.run_for(1.0)
+    assert average(swarm, [peer]).receipts[peer].seconds_total > 0.5, "it was not alone since: it looks as at first"
+
+
 def test_a_newcomer_receives_first_and_contributes_from_then_on() -> None:
     swarm, peers = swarm_of(4)
     trainers = Trainers(swarm)
@@ -463,6 +480,39 @@ def test_the_one_that_differs_from_most_is_told_the_first_difference_and_the_oth
     assert isinstance(error, Precondition)
     assert f"'w' float32[{ELEMENTS + 1}] here is float32[{ELEMENTS}] there" in str(error)
     assert {ending.told.outcome for ending in endings.values()} == {Outcome.COMPLETE}
+
+
+def test_of_one_against_one_both_learn_why_they_do_not_meet() -> None:
+    swarm = Swarm()
+    early = swarm.open("early", options_for(np.zeros(ELEMENTS, np.float32), min_peers=2))
+    swarm.run_for(5.0)
+    late = swarm.open("late", replace(early.machine.options, codec="flash8"))
+    swarm.run_for(1.0)
+    array = packed(np.ones(ELEMENTS, np.float32))
+
+    endings = swarm.average({peer: (array, Call(timeout_s=5.0)) for peer in (early, late)})
+
+    assert isinstance(endings[early].error, NoGroup)
+    assert f"{short(late.id)} has a session of this name too" in str(endings[early].error)
+    assert "codec 'float32' against 'flash8'" in str(endings[early].error)
+    assert isinstance(endings[late].error, Precondition)
+    assert "codec 'flash8' against 'float32'" in str(endings[late].error)
+
+
+def test_who_is_only_asked_how_it_is_says_who_differs() -> None:
+    """A trainer that waits for its initial peers has not called yet."""
+    swarm, (one, other) = swarm_of(2)
+    odd = swarm.open("odd", replace(one.machine.options, codec="flash8"))
+    swarm.run_for(1.0)
+    for _ in range(2):
+        average(swarm, [one, other])
+        swarm.run_for(2.0)
+
+    assert "codec 'float32' against 'flash8'" in one.machine.status(swarm.now).differs
+    assert not one.machine.status(swarm.now).is_outvoted
+    assert odd.machine.status(swarm.now).is_outvoted
+    assert isinstance(average(swarm, [odd]).endings[odd].error, Precondition)
+    assert "codec 'flash8' against 'float32'" in odd.machine.status(swarm.now).differs
 
 
 def test_two_spellings_of_one_codec_are_no_difference() -> None:

@@ -273,3 +273,21 @@ def test_progress_says_how_many_are_missing(four: list[Peer]) -> None:
                 future.result(60)
             assert trainer.is_untouched()
     assert any(text.startswith("2 of 3 peers here, waiting for 1 more, ") for text in said), said
+
+
+def test_trainers_that_differ_and_wait_for_initial_peers_are_told_so_before_their_time_is_up(four: list[Peer]) -> None:
+    codecs = ["flash8", "flash4", "flash4"]
+    there = [
+        Trainer(peer, {"w": np.ones(1000, np.float32)}, name="differ", initial_peers=3, codec=codec)
+        for peer, codec in zip(four, codecs, strict=False)
+    ]
+    futures = [trainer.average(timeout=6.0) for trainer in there]
+    with pytest.raises(moshpit_client.PreconditionFailed, match=r"codec 'flash8.*' against 'flash4.*'"):
+        futures[0].result()
+    for future in futures[1:]:
+        with pytest.raises(
+            moshpit_client.MoshpitError, match=r"2 of 3 peers were here.*codec 'flash4.*' against 'flash8"
+        ):
+            future.result()
+    for trainer in there:
+        trainer.close()

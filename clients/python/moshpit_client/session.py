@@ -700,24 +700,29 @@ class Session:
             with self._connection.errors():
                 status = self._connection.calls.get_status(pb.GetStatusRequest(), timeout=ANSWER_SECONDS)
             here = [
-                each.live_sessions
+                each
                 for each in status.sessions
                 if any(trainer.session_id == self.session_id for trainer in each.trainers)
             ]
             if not here:
                 raise NotFound(f"the daemon has no session {self.name!r} any more: open it again")
+            live, differs = here[0].live_sessions, here[0].differs
             waited = time.monotonic() - began
-            if here[0] >= wanted:
+            if live >= wanted:
                 return waited
+            if differs and here[0].is_outvoted:
+                raise PreconditionFailed(f"{differs}. Use the same tensors and options, or another session name")
             left = timeout - waited
+            if left <= 0 and differs:
+                raise NoGroup(f"{live} of {wanted} peers were here after {timeout:g} s; {differs}")
             if left <= 0:
                 raise NoGroup(
-                    f"{here[0]} of {wanted} peers were here after {timeout:g} s: start the others, give a longer "
+                    f"{live} of {wanted} peers were here after {timeout:g} s: start the others, give a longer "
                     "timeout, or lower initial_peers"
                 )
             if progress is not None:
-                text = f"{here[0]} of {wanted} peers here, waiting for {wanted - here[0]} more, {left:.0f} s left"
-                progress(Progress(text, 0.0))
+                text = f"{live} of {wanted} peers here, waiting for {wanted - live} more, {left:.0f} s left"
+                progress(Progress(f"{text}; {differs}" if differs else text, 0.0))
             time.sleep(min(GATHER_POLL_SECONDS, left))
 
 

@@ -64,6 +64,10 @@ class SessionStatus(Record):
     transport: str
     """reliable, lossy or auto: whether values must arrive; and how often it averages reliably where that was said"""
     trainers: tuple[TrainerStatus, ...]
+    differs: str
+    """Who has a session of this name with other tensors or options, and the first difference; empty: nobody."""
+    is_outvoted: bool
+    """Most sessions of this name have other tensors or options than this one."""
     budget: BudgetState | None = None
     """Of a session with a compute budget."""
     cohort: Cohort | None = None
@@ -182,6 +186,8 @@ def _session(message: pb.SessionStatus) -> SessionStatus:
         codec=message.codec,
         transport=message.transport,
         trainers=tuple(map(_trainer, message.trainers)),
+        differs=message.differs,
+        is_outvoted=message.is_outvoted,
         budget=read_budget(message.budget) if message.HasField("budget") else None,
         cohort=_cohort(message.cohort) if message.HasField("cohort") else None,
     )

@@ -1927,6 +1927,8 @@ class SessionStatus(_message.Message):
     COMPRESSOR_FIELD_NUMBER: _builtins.int
     COHORT_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    DIFFERS_FIELD_NUMBER: _builtins.int
+    IS_OUTVOTED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     state: _builtins.str
@@ -1947,6 +1949,10 @@ class SessionStatus(_message.Message):
     """Its compressor."""
     transport: _builtins.str
     """Whether values must arrive: "reliable", "lossy", "auto", and how often it averages reliably where that was said."""
+    differs: _builtins.str
+    """In words, who has a session of this name with other tensors or options, so that they never meet; empty: nobody."""
+    is_outvoted: _builtins.bool
+    """Most sessions of this name have other tensors or options than this one."""
     @_builtins.property
     def cell(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its cell, one coordinate an axis."""
@@ -1985,10 +1991,12 @@ class SessionStatus(_message.Message):
         compressor: _builtins.str = ...,
         cohort: Global___Cohort | None = ...,
         transport: _builtins.str = ...,
+        differs: _builtins.str = ...,
+        is_outvoted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "cohort", b"cohort"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "budget", b"budget", "cell", b"cell", "codec", b"codec", "cohort", b"cohort", "compressor", b"compressor", "epoch", b"epoch", "grid", b"grid", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "transport", b"transport", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averagings", b"averagings", "budget", b"budget", "cell", b"cell", "codec", b"codec", "cohort", b"cohort", "compressor", b"compressor", "differs", b"differs", "epoch", b"epoch", "grid", b"grid", "is_outvoted", b"is_outvoted", "live_sessions", b"live_sessions", "name", b"name", "state", b"state", "trainers", b"trainers", "transport", b"transport", "vector_bytes", b"vector_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
