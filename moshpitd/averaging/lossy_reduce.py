@@ -75,7 +75,10 @@ class LossyConfig:
     reorder_s: float = 0.005
     """A sender said it is through: packets that others overtook may still come for so long."""
     repair_s: float = 2.0
-    """Ranges asked for over the reliable streams are waited for so long; where packets are lost those are slow."""
+    """Ranges asked for over the reliable streams are waited for so long; where packets are lost those are slow ..."""
+    repair_more_s: float = 0.02
+    """... and so long when each came from somebody: who is late by chance is as good as lost, the estimate does not
+    lean for it. Waiting for all would cost most rounds a retransmission of somebody's."""
     left_s: float = 0.25
     """One that left, or whose connection broke, may have done all it owed us: its last packets, and the word that they
     were the last, are waited for so long."""
@@ -537,6 +540,8 @@ class LossyReduce:
                 self.late += len(packets.numbers)
             else:
                 stream.put(cut, packets, repaired=True)
+        if not stream.is_reliable and self._is_closed and self._wanted() and not self._lacks_all():
+            self._repair_until = min(self._repair_until, now + self._config.repair_more_s)
         self._look_at(phase, cut, stream)
         self._go_on(now)
 
@@ -778,9 +783,17 @@ class LossyReduce:
     def _wanted(self) -> bool:
         return any(stream.wanted.any() for rank, stream in self._contributions.items() if rank in self._live)
 
+    def _lacks_all(self) -> bool:
+        """Whether something is wanted that nobody has sent again so far, or everything of somebody."""
+        streams = [stream for rank, stream in self._contributions.items() if rank in self._live]
+        wanted = np.any([stream.wanted for stream in streams], axis=0)
+        arrived = np.any([stream.arrived for stream in streams], axis=0)
+        return bool(self._blocked) or bool((wanted & ~arrived).any())
+
     def _give_up_repair(self) -> None:
+        lacks = self._wanted() and self._lacks_all()
         for rank, stream in self._contributions.items():
-            if stream.wanted.any() and rank in self._live:
+            if stream.wanted.any() and rank in self._live and lacks:
                 self._log(f"{self._name(rank)} did not send {int(stream.wanted.sum())} ranges again in time")
                 if stream.lost == stream.total and rank in self._averages:
                     self._averages[rank].is_hopeless = True
