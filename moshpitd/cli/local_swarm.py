@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moshpitd.cli.failure import ExitCode, Failure
+from moshpitd.cli.namespaces import HERE, Place
 
 BUSY = 2.0
 """Processes a core: beyond it sleeps end late, and nothing that sleeps can be measured."""
@@ -28,19 +29,20 @@ def load_per_core() -> float:
 
 
 @contextlib.contextmanager
-def local_swarm(peers: int, *flags: str) -> Iterator[list[Path]]:
-    """Daemons for as long as the block lasts; yields their sockets once all are ready. Raises Failure."""
+def local_swarm(peers: int, *flags: str, places: Sequence[Place] = ()) -> Iterator[list[Path]]:
+    """Daemons for as long as the block lasts, one a place; yields their sockets once all are ready. Raises Failure."""
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moshpitd-bench-")))
         sockets: list[Path] = []
         processes: list[subprocess.Popen[bytes]] = []
         first = ""
-        for number in range(peers):
+        for number, place in enumerate(places or [HERE] * peers):
             home = directory / str(number)
             home.mkdir()
             log = stack.enter_context((home / "log").open("w", encoding="utf-8"))
             socket = home / "s" / "s"
-            command = [sys.executable, "-m", "moshpitd", "run", "--swarm", "bench", "--listen", "127.0.0.1:0"]
+            command = [*place.prefix, sys.executable, "-m", "moshpitd", "run", "--swarm", "bench"]
+            command += ["--listen", f"{place.address}:0"]
             command += ["--preset", "loopback", "--http", "off", "--socket", str(socket), "--data-dir", str(home / "d")]
             command += [*flags, *(("--join", first) if first else ())]
             clean = {name: value for name, value in os.environ.items() if not name.startswith("MOSHPITD_")}

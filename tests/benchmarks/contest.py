@@ -15,9 +15,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
+from moshpitd.cli.namespaces import Place
 from tests.benchmarks.rivals import Rival, RivalRound, Serving, Unavailable, serving
 from tests.benchmarks.swarm import (
-    Place,
     Step,
     Swarm,
     Trainers,

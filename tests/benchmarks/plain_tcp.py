@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 
 from tests.benchmarks.contest import Sample
 from tests.benchmarks.rivals import Unavailable
-from tests.benchmarks.swarm import Place
+from moshpitd.cli.namespaces import Place
 
 TIMEOUT_S = 120.0
 AT_ONCE = 1 << 20

@@ -32,7 +32,7 @@ from typing import IO
 import psutil
 
 from tests.benchmarks.figures import WrongResult
-from tests.benchmarks.swarm import Place
+from moshpitd.cli.namespaces import Place
 
 BESIDE = Path(__file__).resolve().parent
 CACHE_DIR = BESIDE.parent.parent / ".bench"

@@ -39,6 +39,7 @@ import psutil
 import moshpit_client
 from moshpit_client import Receipt
 from moshpitd.averaging.codecs import CHOICES, rules_of
+from moshpitd.cli.namespaces import HERE, Place
 from tests.benchmarks.figures import WrongResult
 
 START_TIMEOUT_S = 60.0
@@ -162,18 +163,6 @@ class Daemon:
         """An error that shows the end of its log."""
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
         return SwarmFailed("\n".join([f"daemon {self.log.parent.name} {why}; its log ends:", *lines]))
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a daemon runs."""
-
-    address: str = "127.0.0.1"
-    prefix: tuple[str, ...] = ()
-    """The words of a command line that bring its program there."""
-
-
-HERE = Place()
 
 
 class Swarm:
