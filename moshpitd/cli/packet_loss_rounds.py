@@ -33,8 +33,6 @@ from moshpitd.local.v1 import daemon_pb2 as pb
 PEERS = 4
 LOSSES = (0.0, 0.01, 0.05, 0.1)
 MEGABYTES = (4, 64)
-WARM_UP = 3
-"""Rounds that are not counted: rates, losses and deadlines are learnt in them."""
 BUDGET_S = 90.0
 """No further round begins in a cell that has taken so long."""
 AVERAGE_TIMEOUT_S = 300.0
@@ -47,6 +45,9 @@ DRIFT_PEERS, DRIFT_ELEMENTS, DRIFT_SETTLED = 8, 400_000, 12
 
 Floats = npt.NDArray[np.float32]
 Values = Literal["lossy", "reliable"]
+TRANSPORTS: tuple[Values, ...] = ("lossy", "reliable")
+WARM_UP: dict[Values, int] = {"lossy": 3, "reliable": 1}
+"""Rounds that are not counted: rates, losses and deadlines are learnt in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +165,10 @@ def _cells(
     with local_swarm(PEERS, "--grid", str(PEERS), "--preset", "lan", "--transport", "grpc", places=places) as sockets:
         for size in megabytes:
             wanted = max(2, round(count * min(megabytes) / size * 3)) if size > min(megabytes) else count
-            for transport in ("lossy", "reliable"):
+            for transport in TRANSPORTS:
                 said = f"{mbit} Mbit/s" if mbit else "not shaped"
                 say(f"rounds: {transport}, {size} MB at {loss:.0%} loss, {said}")
-                yield _cell(sockets, transport, size, loss, mbit, wanted)  # type: ignore[arg-type]
+                yield _cell(sockets, transport, size, loss, mbit, wanted)
 
 
 def _cell(
@@ -181,11 +182,11 @@ def _cell(
     sent = lost = repaired = 0
     with _Trainers(sockets, f"{transport} {megabytes}", transport, elements) as trainers:
         began = time.monotonic()
-        for number in range(WARM_UP + count):
+        for number in range(WARM_UP[transport] + count):
             results, receipts = trainers.average(values)
             if number == 0:
                 error = float(np.sqrt(np.mean([((result - mean) ** 2).mean() for result in results])))
-            if number < WARM_UP:
+            if number < WARM_UP[transport]:
                 continue
             seconds.append(max(receipt.seconds.reduce for receipt in receipts))
             outcomes.update(OUTCOMES[receipt.outcome] for receipt in receipts)

@@ -190,7 +190,10 @@ class _Inbox:
         self._next = 0
 
     def next_burst(self, session: Key, group_id: GroupId, rank: Rank) -> Burst | None:
-        if self._next == self.expected or rank != 1:
+        if rank == 0:
+            return None
+        if self._next == self.expected:
+            self.is_over.set()  # who pulls again has put on the wire what it pulled before
             return None
         first = self._next
         self._next += RANGES
@@ -238,9 +241,11 @@ async def _udp_end(pipe: Pipe, how: object, rank: Rank) -> None:
     chosen, packets = how
     assert isinstance(chosen, _Udp)
     opened = await DatagramSocket.open("127.0.0.1", 0, offload=chosen.offload)
+    granted = opened.receive_buffer_bytes
     if chosen.buffer_bytes < RECEIVE_BUFFER_BYTES:
         with socket.socket(fileno=opened.fileno()) as same:
             same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, chosen.buffer_bytes // 2)  # the kernel doubles it
+            granted = same.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
             same.detach()
     loop = asyncio.get_running_loop()
     if rank == 1:
@@ -261,14 +266,12 @@ async def _udp_end(pipe: Pipe, how: object, rank: Rank) -> None:
     path.open_group(SESSION, group, rank, "float32")
     cpu_s = time.process_time()
     if rank == 0:
-        while path.packets_sent < packets:
-            await asyncio.sleep(0.01)
+        await asyncio.wait_for(inbox.is_over.wait(), TIMEOUT_S)
         pipe.send(_End(path.packets_sent, inbox.began, time.monotonic(), time.process_time() - cpu_s))
         await loop.run_in_executor(None, pipe.poll, TIMEOUT_S)  # stays to tell its last marks
     else:
         await asyncio.wait_for(inbox.is_over.wait(), TIMEOUT_S)
         await asyncio.sleep(0.2)  # what is still in the socket
-        granted = opened.receive_buffer_bytes
         pipe.send(_End(inbox.arrived, inbox.began, inbox.ended, time.process_time() - cpu_s, granted))
         pipe.recv()
     await path.close()
@@ -294,7 +297,7 @@ async def _grpc_sender(pipe: Pipe, size: object) -> None:
     piece = bytes(PIECE_BYTES)
     port = await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
-        call = channel.stream_unary("/bench/Take")()
+        call: grpc.aio.StreamUnaryCall[bytes, bytes] = channel.stream_unary("/bench/Take")()
         await channel.channel_ready()
         began, cpu_s = time.monotonic(), time.process_time()
         for _ in range(size // PIECE_BYTES):
@@ -315,8 +318,8 @@ async def _grpc_receiver(pipe: Pipe, size: object) -> None:
         return b""
 
     server = grpc.aio.server(options=OPTIONS)
-    handlers = {"Take": grpc.stream_unary_rpc_method_handler(take)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", handlers),))
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_unary_rpc_method_handler(take)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", {"Take": handler}),))
     pipe.send(server.add_insecure_port("127.0.0.1:0"))
     await server.start()
     await asyncio.get_running_loop().run_in_executor(None, pipe.recv)

@@ -578,6 +578,34 @@ def compute_budget(*, peers: int, steps: int, seed: int, as_json: bool) -> None:
     compute_budget_bench.show(compute_budget_bench.run(peers=peers, steps=steps, seed=seed), as_json=as_json)
 
 
+@bench.command("packet-loss")
+@click.option(
+    "--part",
+    "parts",
+    type=click.Choice(["bias", "drift", "rounds", "training", "loopback"]),
+    multiple=True,
+    default=("bias", "drift", "rounds", "training", "loopback"),
+    help="This one; repeatable.  [all]",
+)
+@click.option(
+    "--rounds", type=click.IntRange(2, 10_000), default=100, show_default=True, help="Of 4 MB, for each kind of link."
+)
+@click.option("--steps", type=click.IntRange(40, 100_000), default=300, show_default=True, help="Of peers that learn.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@json_flag
+def packet_loss(*, parts: tuple[str, ...], rounds: int, steps: int, seed: int, as_json: bool) -> None:
+    """Lossy rounds: what their results are worth, and how long they take where packets are lost.
+
+    bias: how far estimates lean and scatter. drift: how far members are apart, on paper and on daemons. rounds: four
+    daemons, 4 and 64 MB, 0 to 10 % loss, beside gRPC. training: eight peers learn digits. loopback: what one process
+    tells another, and its cost. Daemons need network namespaces: root, ip, tc and iptables.
+    """
+    from moshpitd.cli import packet_loss_bench
+
+    figures = packet_loss_bench.run(parts=parts, rounds=rounds, steps=steps, seed=seed)
+    packet_loss_bench.show(figures, as_json=as_json)
+
+
 @main.command()
 @json_flag
 def version(as_json: bool) -> None:

@@ -20,9 +20,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+from moshpitd.cli.namespaces import Place
 from tests.benchmarks.contest import Sample
 from tests.benchmarks.rivals import Unavailable
-from moshpitd.cli.namespaces import Place
 
 TIMEOUT_S = 120.0
 AT_ONCE = 1 << 20

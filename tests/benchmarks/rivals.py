@@ -31,8 +31,8 @@ from typing import IO
 
 import psutil
 
-from tests.benchmarks.figures import WrongResult
 from moshpitd.cli.namespaces import Place
+from tests.benchmarks.figures import WrongResult
 
 BESIDE = Path(__file__).resolve().parent
 CACHE_DIR = BESIDE.parent.parent / ".bench"
