@@ -114,6 +114,7 @@ def rounds(
     say: Callable[[str], None],
     megabytes: Sequence[int] = MEGABYTES,
     losses: Sequence[float] = LOSSES,
+    transports: Sequence[Values] = TRANSPORTS,
     messages: int = MESSAGES,
 ) -> Net:
     """So many rounds of 4 MB for each kind of link, fewer of more. Raises NoNamespaces, Failure."""
@@ -124,9 +125,9 @@ def rounds(
             net.messages.append(MessageTimes(loss, _messages(places, messages)))
     for loss in losses:
         with shaped_net([None] * PEERS, loss=loss) as places:
-            net.rounds += _cells(places, megabytes, loss, None, count, say)
+            net.rounds += _cells(places, megabytes, transports, loss, None, count, say)
     with shaped_net([Rate.GBIT_1] * PEERS) as places:
-        net.rounds += _cells(places, megabytes, 0.0, Rate.GBIT_1, count, say)
+        net.rounds += _cells(places, megabytes, transports, 0.0, Rate.GBIT_1, count, say)
     return net
 
 
@@ -156,6 +157,7 @@ def drift(loss: float, count: int, *, seed: int, say: Callable[[str], None]) -> 
 def _cells(
     places: Sequence[Place],
     megabytes: Sequence[int],
+    transports: Sequence[Values],
     loss: float,
     uplink: Rate | None,
     count: int,
@@ -165,7 +167,7 @@ def _cells(
     with local_swarm(PEERS, "--grid", str(PEERS), "--preset", "lan", "--transport", "grpc", places=places) as sockets:
         for size in megabytes:
             wanted = max(2, round(count * min(megabytes) / size * 3)) if size > min(megabytes) else count
-            for transport in TRANSPORTS:
+            for transport in transports:
                 said = f"{mbit} Mbit/s" if mbit else "not shaped"
                 say(f"rounds: {transport}, {size} MB at {loss:.0%} loss, {said}")
                 yield _cell(sockets, transport, size, loss, mbit, wanted)

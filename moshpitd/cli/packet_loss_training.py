@@ -9,7 +9,10 @@ of the span instead: what is lost of those is lost for ever. Knows the daemon's 
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,7 +64,10 @@ def train(losses: Sequence[float], *, steps: int, seed: int) -> list[Course]:
     digits = _digits(seed)
     runs = [(way, codec, loss) for way, codec in WAYS for loss in losses]
     runs += [(INCREMENTS, "float32", loss) for loss in losses if loss]
-    courses = [_course(digits, way, codec, loss, steps, seed) for way, codec, loss in runs]
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # heard at the processes' start: they have the cores already
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        learning = [pool.submit(_course, digits, way, codec, loss, steps, seed) for way, codec, loss in runs]
+        courses = [each.result() for each in learning]
     for course in courses:
         way = "owners" if course.way == INCREMENTS else course.way
         whole = next(c for c in courses if (c.way, c.codec, c.loss) == (way, course.codec, 0.0))

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moshpitd.averaging.codecs import codec_named
-from moshpitd.averaging.lossy_reduce import Entry, Part, apply_cut, estimate_cut
+from moshpitd.averaging.lossy_reduce import Entry, apply_cut, estimate_cut
 from moshpitd.averaging.names import Rank
 from moshpitd.averaging.partition import Piece
 from moshpitd.averaging.ranges import Cut, Slots, encode_ranges, range_elements
@@ -83,7 +83,7 @@ def bias(
     exact = (share * world).sum(axis=0)
     total, squares, naive = np.zeros(elements), np.zeros(elements), np.zeros(elements)
     for _ in range(rounds):
-        group.play(values, results, part=Part.SCATTER)
+        group.play(values, results)
         estimates = results[0].elements(0, layout.elements).reshape(RANGES, elements).astype(np.float64)
         total += estimates.sum(axis=0)
         squares += ((estimates - exact) ** 2).sum(axis=0)
