@@ -31,6 +31,7 @@ from tests.benchmarks import (
     local_hop,
     loss_over_time,
     matchmaking,
+    packet_loss,
     profiling,
     report,
     under_load,
@@ -60,6 +61,7 @@ BENCHMARKS: dict[str, Callable[..., Measured]] = {
 }
 BY_NAME_ONLY: dict[str, Callable[..., Measured]] = {
     "huge": under_load.measure_huge,
+    "packet_loss": packet_loss.measure,
     "profile": profiling.measure,
     "arc": compressors.measure_arc,
     "training": compressors.measure_training,

@@ -236,6 +236,8 @@ def _pictures(records: Mapping[str, Record]) -> list[Path]:
         drawn.append(_draw_arc(records["arc"].measured.details))
     if "training" in records and not records["training"].failure:
         drawn.append(_draw_training(records["training"].measured.details))
+    if "packet_loss" in records and not records["packet_loss"].failure:
+        drawn += _draw_packet_loss(records["packet_loss"].measured.details)
     if "codecs" in records:
         drawn.append(_draw_codecs(records["codecs"].measured.details))
     if "codec_links" in records:
@@ -378,6 +380,60 @@ def _draw_training(details: Mapping[str, Any]) -> Path:
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
     return _save(figure, "training")
+
+
+def _draw_packet_loss(details: Mapping[str, Any]) -> list[Path]:
+    """Times over loss; losses and drift of peers that learn. docs/packet-loss.md shows them too."""
+    from matplotlib import pyplot
+
+    drawn: list[Path] = []
+    if cells := [each for each in details["net"]["rounds"] if not each["uplink_mbit"]]:
+        sizes = sorted({each["megabytes"] for each in cells})
+        figure, all_axes = pyplot.subplots(1, len(sizes) + 1, figsize=(3.6 * (len(sizes) + 1), 3.6))
+        _draw_times(all_axes[0], "plain TCP", details["net"]["messages"], COLOURS["plain TCP"])
+        all_axes[0].set_title("1 MiB, two peers", fontsize=9)
+        for axes, size in zip(all_axes[1:], sizes, strict=True):
+            for transport, label, colour in (("reliable", "gRPC", "#D55E00"), ("lossy", "lossy", "#0072B2")):
+                its = [each for each in cells if (each["megabytes"], each["transport"]) == (size, transport)]
+                _draw_times(axes, label, its, colour)
+            axes.set_title(f"a round of {size:g} MB, four daemons", fontsize=9)
+        for axes in all_axes:
+            axes.set(xlabel="packets lost, %", yscale="log")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend(fontsize=7)
+        all_axes[0].set_ylabel("ms")
+        drawn.append(_save(figure, "packet_loss_rounds"))
+    if courses := details["training"]:
+        figure, (learning, apart) = pyplot.subplots(1, 2, figsize=(10.0, 3.8))
+        styles = {"averaging": ":", "owners": "-", "increments": "--"}
+        losses = sorted({each["loss"] for each in courses})
+        for each in courses:
+            if each["codec"] != "float32" or each["way"] == "averaging":
+                continue
+            colour = OUR_COLOURS[losses.index(each["loss"])]
+            steps = range(10, 10 * len(each["own"]) + 1, 10)
+            label = f"{each['way']}, {each['loss']:.0%} lost"
+            learning.plot(steps, each["own"], styles[each["way"]], color=colour, label=label)
+            if each["loss"]:
+                apart.plot(steps, each["apart"], styles[each["way"]], color=colour, label=label)
+        learning.set(xlabel="steps", ylabel="cross-entropy on all digits, peers' own models", yscale="log")
+        apart.set(xlabel="steps", ylabel="E |th_i - th_j|^2 of an element", yscale="log")
+        for axes in (learning, apart):
+            axes.grid(alpha=0.3, which="both")
+        learning.legend(fontsize=7)
+        learning.set_title("absolute values (lines) and increments (dashes) to eight peers", fontsize=9)
+        apart.set_title("how far two peers are apart", fontsize=9)
+        drawn.append(_save(figure, "packet_loss_training"))
+    return drawn
+
+
+def _draw_times(axes: Any, label: str, cells: Sequence[Mapping[str, Any]], colour: str) -> None:
+    """p99 over loss, and the median as dashes."""
+    at = [100 * each["loss"] for each in cells]
+    seconds = [sorted(each["seconds"]) for each in cells]
+    for share, style, what in ((0.99, "-", "p99"), (0.5, "--", "median")):
+        times = [1e3 * each[round(share * (len(each) - 1))] for each in seconds]
+        axes.plot(at, times, style, marker="o", markersize=3, color=colour, label=f"{label}, {what}")
 
 
 def _draw_bars(name: str, title: str, figures: Sequence[Figure]) -> Path:
