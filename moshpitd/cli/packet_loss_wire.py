@@ -224,6 +224,9 @@ class _Inbox:
     def stream_ended(self, session: Key, group_id: GroupId, phase: Phase, sender: Rank) -> None:
         self.is_over.set()
 
+    def path_measured(self, session: Key, group_id: GroupId, rank: Rank, round_trip_s: float) -> None:
+        pass
+
     def path_blocked(self, session: Key, group_id: GroupId, rank: Rank) -> None:
         raise AssertionError("no datagram passes over loopback")
 
