@@ -181,9 +181,19 @@ class DatagramSocket:
         if self._socket.fileno() < 0:
             return True
         count = -(-len(datagrams) // size)
-        if self._drop is not None or (count > 1 and not self.segments_sent):
+        if self._drop is not None:
             for at in range(0, len(datagrams), size):
                 self.send(bytes(datagrams[at : at + size]), Address(*to))
+            return True
+        if count > 1 and not self.segments_sent:
+            target, sendto, refused = self._target(to), self._socket.sendto, 0
+            for at in range(0, len(datagrams), size):
+                try:
+                    sendto(datagrams[at : at + size], target)
+                except OSError:
+                    refused += 1
+            self.counters.sent += count - refused
+            self.counters.refused += refused
             return True
         try:
             cut = [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", size))] if count > 1 else []

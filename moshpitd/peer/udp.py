@@ -128,6 +128,9 @@ class UdpConfig:
     again_s: float = 600.0
     """For so long one that could not be reached is given `patience_again_s` only."""
     patience_again_s: float = 0.1
+    pause_min_s: float = 0.001
+    """The shortest pause of a paced sender: uvloop counts in milliseconds, what is less would spin. A burst's tokens
+    make up for it."""
     mark_s: float = 0.01
     """So often a sender asks how much has arrived."""
     mark_again_s: float = 0.005
@@ -348,7 +351,7 @@ class UdpPath:
             batch = whole[first * width : (first + at_once) * width]
             while (delay := member.pace.delay(len(batch), self._loop.time())) > 0:
                 member.waited = True
-                await asyncio.sleep(delay)
+                await asyncio.sleep(max(delay, self._config.pause_min_s))
             assert member.address is not None
             while not self._socket.send_bulk(batch, width, member.address):
                 await self._socket.writable()
