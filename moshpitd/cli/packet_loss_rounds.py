@@ -35,7 +35,7 @@ LOSSES = (0.0, 0.01, 0.05, 0.1)
 MEGABYTES = (4, 64)
 BUDGET_S = 90.0
 """No further round begins in a cell that has taken so long."""
-AVERAGE_TIMEOUT_S = 300.0
+AVERAGE_TIMEOUT_S = 60.0
 SESSION_TIMEOUT_S = 7200.0
 NEVER = 1 << 20
 """As `reliable_every`."""
@@ -67,7 +67,8 @@ class RoundTimes:
     repaired: float
     """Ranges of a round that were sent again over the reliable streams, in the mean of rounds, all members together."""
     outcomes: dict[str, int]
-    """Of members' averagings: where much is lost reliable ones leave members out, which are then alone."""
+    """Of members' averagings: where much is lost reliable ones leave members out, which are then alone, or have no
+    outcome in time (unknown)."""
     error: float
     """Root of the mean square of what a result is off the exact mean, as a share of the values' spread."""
 
@@ -188,7 +189,7 @@ def _cell(
             results, receipts = trainers.average(values)
             if number == 0:
                 error = float(np.sqrt(np.mean([((result - mean) ** 2).mean() for result in results])))
-            if number < WARM_UP[transport]:
+            if number < WARM_UP[transport] and time.monotonic() - began < BUDGET_S:
                 continue
             seconds.append(max(receipt.seconds.reduce for receipt in receipts))
             outcomes.update(OUTCOMES[receipt.outcome] for receipt in receipts)
@@ -196,7 +197,7 @@ def _cell(
                 sent += sum(link.sent for link in lossy.links)
                 lost += sum(link.lost for link in lossy.links)
                 repaired += lossy.repaired
-            if time.monotonic() - began > BUDGET_S and len(seconds) > 1:
+            if time.monotonic() - began > BUDGET_S:
                 break
     share = lost / sent if sent else 0.0
     each = repaired / len(seconds)
@@ -250,15 +251,21 @@ class _Trainers:
                 chunk = pb.VectorChunk(offset=at, data=bytes(data[at : at + STREAM_BYTES]))
                 yield pb.AverageRequest(chunk=chunk)
 
-        receipt, result = pb.Receipt(), bytearray(len(data))
-        with daemon.average(requests(), 2 * AVERAGE_TIMEOUT_S) as responses:
-            for response in responses:
-                match response.WhichOneof("message"):
-                    case "receipt":
-                        receipt = response.receipt
-                    case "chunk":
-                        chunk = response.chunk
-                        result[chunk.offset : chunk.offset + len(chunk.data)] = chunk.data
+        receipt, result = pb.Receipt(), bytearray(data)
+        began = time.monotonic()
+        try:
+            with daemon.average(requests(), 2 * AVERAGE_TIMEOUT_S) as responses:
+                for response in responses:
+                    match response.WhichOneof("message"):
+                        case "receipt":
+                            receipt = response.receipt
+                        case "chunk":
+                            chunk = response.chunk
+                            result[chunk.offset : chunk.offset + len(chunk.data)] = chunk.data
+        except Failure as failure:
+            if failure.code is not ExitCode.NO_GROUP:
+                raise
+            receipt = pb.Receipt(why=str(failure), seconds=pb.Seconds(reduce=time.monotonic() - began))
         return np.frombuffer(result, np.float32), receipt
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
 import uvloop
 
-from moshpitd.directory import Address, AddressError, DatagramSocket, PortInUse, resolve, split_host_port
+from moshpitd.directory import (
+    Address,
+    AddressError,
+    DatagramSocket,
+    PortInUse,
+    resolve,
+    socket,
+    split_host_port,
+)
 from moshpitd.directory.addresses import pack_nodes, unpack_nodes
 
 
@@ -126,3 +135,16 @@ async def test_a_datagram_that_does_not_fit_the_path_is_refused_and_never_fragme
         await socket.writable()
     socket.close()
     assert socket.send_bulk(memoryview(b"x"), 1, Address("127.0.0.1", 9)), "lost"
+
+
+async def test_a_receive_buffer_smaller_than_asked_is_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What no kernel grants unasked-for; who reads the log learns what to raise."""
+    monkeypatch.setattr(socket, "RECEIVE_BUFFER_BYTES", 1 << 30)
+    with caplog.at_level(logging.INFO):
+        opened = await DatagramSocket.open("127.0.0.1", 0)
+    opened.close()
+    assert opened.receive_buffer_bytes < 1 << 30
+    assert f"asked for {1 << 30} bytes, granted {opened.receive_buffer_bytes}" in caplog.text
+    assert "net.core.rmem_max" in caplog.text
