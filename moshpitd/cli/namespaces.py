@@ -67,7 +67,7 @@ def shaped_net(uplinks: Sequence[Rate | None], *, loss: float | None = None) -> 
     """So many places that see each other and nobody else; None: not shaped. `loss`: the share of packets that do not
     arrive; given, also as 0, the kernel sends packet by packet, since one of its large ones would be lost as a whole.
     Raises NoNamespaces."""
-    _require(("ip", "tc", *(("iptables",) if loss else ())))
+    _require(("ip", "tc", *(("iptables",) if loss is not None else ())))
     _sweep()
     hub = f"{NAME}-{os.getpid()}-hub"
     names = [f"{NAME}-{os.getpid()}-{index}" for index in range(len(uplinks))]
@@ -92,14 +92,22 @@ def shaped_net(uplinks: Sequence[Rate | None], *, loss: float | None = None) -> 
             place = Place(address, ("ip", "netns", "exec", name))
             if loss is not None:
                 _ip("-n", name, "link", "set", "eth0", "gso_max_segs", "1")
-            if loss:
-                dice = ("-m", "statistic", "--mode", "random", "--probability", f"{loss:g}", "-j", "DROP")
-                _run(*place.prefix, "iptables", "-A", "INPUT", "-i", "eth0", *dice)
             places.append(place)
+        if loss:
+            lose(places, loss)
         yield places
     finally:
         for name in (*names, hub):
             _remove(name)
+
+
+def lose(places: Sequence[Place], loss: float) -> None:
+    """From now on this share of the packets does not arrive, of a net that was made with a `loss`."""
+    dice = ("-m", "statistic", "--mode", "random", "--probability", f"{loss:g}", "-j", "DROP")
+    for place in places:
+        _run(*place.prefix, "iptables", "-F", "INPUT")
+        if loss:
+            _run(*place.prefix, "iptables", "-A", "INPUT", "-i", "eth0", *dice)
 
 
 def _require(programs: Sequence[str]) -> None:

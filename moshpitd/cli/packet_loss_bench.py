@@ -181,7 +181,10 @@ def show(figures: Figures, *, as_json: bool) -> None:
 def _told(cell: RoundTimes) -> str:
     link = f"{cell.uplink_mbit} Mbit/s" if cell.uplink_mbit else "not shaped"
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(cell.outcomes.items()))
-    lost = f"; {cell.lost:.2%} of packets lost, {cell.repaired:.1f} ranges a round repaired" if cell.lost else ""
+    lost = ""
+    if cell.lost:
+        repaired = cell.repaired / len(cell.seconds)
+        lost = f"; {cell.lost / cell.packets:.2%} of packets lost, {repaired:.1f} ranges a round repaired"
     return (
         f"rounds, {cell.transport}, {cell.megabytes:g} MB, {cell.loss:.0%} lost, {link}: {cell.ms(0.5):.0f} ms, p99 "
         f"{cell.ms(0.99):.0f} ms ({len(cell.seconds)} rounds; {kinds}){lost}"

@@ -8,6 +8,7 @@ stream their values, for which nothing is counted.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from moshpitd.cli.connection import Daemon
 from moshpitd.cli.failure import ExitCode, Failure
 from moshpitd.cli.forms import OUTCOMES
 from moshpitd.cli.local_swarm import local_swarm
-from moshpitd.cli.namespaces import Place, Rate, shaped_net
+from moshpitd.cli.namespaces import Place, Rate, lose, shaped_net
 from moshpitd.local.v1 import daemon_pb2 as pb
 
 PEERS = 4
@@ -50,7 +51,7 @@ WARM_UP: dict[Values, int] = {"lossy": 3, "reliable": 1}
 """Rounds that are not counted: rates, losses and deadlines are learnt in them."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RoundTimes:
     """Of one transport on one kind of links."""
 
@@ -60,17 +61,27 @@ class RoundTimes:
     """Of packets, on every link."""
     uplink_mbit: int
     """0: as fast as the machine."""
-    seconds: list[float]
+    seconds: list[float] = field(default_factory=list)
     """Of each round, of its slowest member."""
-    lost: float
-    """Share of packets, as the receipts have it; of reliable rounds not known."""
-    repaired: float
-    """Ranges of a round that were sent again over the reliable streams, in the mean of rounds, all members together."""
-    outcomes: dict[str, int]
+    packets: int = 0
+    lost: int = 0
+    """Of these; as the receipts have it, of reliable rounds not known."""
+    repaired: int = 0
+    """Ranges that were sent again over the reliable streams."""
+    outcomes: dict[str, int] = field(default_factory=dict)
     """Of members' averagings: where much is lost reliable ones leave members out, which are then alone, or have no
     outcome in time (unknown)."""
-    error: float
+    error: float = 0.0
     """Root of the mean square of what a result is off the exact mean, as a share of the values' spread."""
+
+    def add(self, receipts: Sequence[pb.Receipt]) -> None:
+        """Of all members of a round."""
+        self.seconds.append(max(receipt.seconds.reduce for receipt in receipts))
+        self.outcomes = dict(Counter(self.outcomes) + Counter(OUTCOMES[receipt.outcome] for receipt in receipts))
+        for lossy in (each.lossy for receipt in receipts for each in receipt.rounds if each.HasField("lossy")):
+            self.packets += sum(link.sent for link in lossy.links)
+            self.lost += sum(link.lost for link in lossy.links)
+            self.repaired += lossy.repaired
 
     def ms(self, share: float) -> float:
         """A percentile of the rounds' time; with few rounds that is their worst."""
@@ -120,16 +131,27 @@ def rounds(
 ) -> Net:
     """So many rounds of 4 MB for each kind of link, fewer of more. Raises NoNamespaces, Failure."""
     net = Net()
-    for loss in losses:
-        with shaped_net([None, None], loss=loss) as places:
+    with shaped_net([None, None], loss=0.0) as places:
+        for loss in losses:
             say(f"plain TCP, {messages} messages at {loss:.0%} loss")
+            lose(places, loss)
             net.messages.append(MessageTimes(loss, _messages(places, messages)))
-    for loss in losses:
-        with shaped_net([None] * PEERS, loss=loss) as places:
-            net.rounds += _cells(places, megabytes, transports, loss, None, count, say)
-    with shaped_net([Rate.GBIT_1] * PEERS) as places:
-        net.rounds += _cells(places, megabytes, transports, 0.0, Rate.GBIT_1, count, say)
+    for size in megabytes:
+        wanted = count if size == min(megabytes) else max(2, 3 * count * min(megabytes) // size)
+        with shaped_net([None] * PEERS, loss=0.0) as places, _swarm(places) as sockets:
+            for transport in transports:
+                # Lossy rounds take turns: whatever else the machine does falls on all losses alike. TCP's connections
+                # would remember what was lost before.
+                for some in [losses] if transport == "lossy" else [[loss] for loss in losses]:
+                    net.rounds += _cells(sockets, places, transport, size, some, 0, wanted, say)
+        with shaped_net([Rate.GBIT_1] * PEERS) as places, _swarm(places) as sockets:
+            for transport in transports:
+                net.rounds += _cells(sockets, places, transport, size, [0.0], Rate.GBIT_1.mbit, wanted, say)
     return net
+
+
+def _swarm(places: Sequence[Place]) -> contextlib.AbstractContextManager[list[Path]]:
+    return local_swarm(PEERS, "--grid", str(PEERS), "--preset", "lan", "--transport", "grpc", places=places)
 
 
 def drift(loss: float, count: int, *, seed: int, say: Callable[[str], None]) -> DaemonDrift:
@@ -156,52 +178,43 @@ def drift(loss: float, count: int, *, seed: int, say: Callable[[str], None]) -> 
 
 
 def _cells(
+    sockets: Sequence[Path],
     places: Sequence[Place],
-    megabytes: Sequence[int],
-    transports: Sequence[Values],
-    loss: float,
-    uplink: Rate | None,
+    transport: Values,
+    megabytes: int,
+    losses: Sequence[float],
+    uplink_mbit: int,
     count: int,
     say: Callable[[str], None],
-) -> Iterator[RoundTimes]:
-    mbit = uplink.mbit if uplink else 0
-    with local_swarm(PEERS, "--grid", str(PEERS), "--preset", "lan", "--transport", "grpc", places=places) as sockets:
-        for size in megabytes:
-            wanted = max(2, round(count * min(megabytes) / size * 3)) if size > min(megabytes) else count
-            for transport in transports:
-                said = f"{mbit} Mbit/s" if mbit else "not shaped"
-                say(f"rounds: {transport}, {size} MB at {loss:.0%} loss, {said}")
-                yield _cell(sockets, transport, size, loss, mbit, wanted)
-
-
-def _cell(
-    sockets: Sequence[Path], transport: Values, megabytes: int, loss: float, uplink_mbit: int, count: int
-) -> RoundTimes:
+) -> list[RoundTimes]:
+    """A session for each loss; they take turns, a round each."""
+    link = f"{uplink_mbit} Mbit/s" if uplink_mbit else "not shaped"
+    say(f"rounds: {transport}, {megabytes} MB at {', '.join(f'{loss:.0%}' for loss in losses)} loss, {link}")
     elements = int(megabytes * 1e6) // 4
     values = [np.random.default_rng(rank).standard_normal(elements, np.float32) for rank in range(len(sockets))]
     mean = np.mean(values, axis=0)
-    seconds: list[float] = []
-    outcomes: Counter[str] = Counter()
-    sent = lost = repaired = 0
-    with _Trainers(sockets, f"{transport} {megabytes}", transport, elements) as trainers:
+    cells = [RoundTimes(transport, megabytes, loss, uplink_mbit) for loss in losses]
+    with contextlib.ExitStack() as stack:
+        trainers = [
+            stack.enter_context(_Trainers(sockets, f"{transport} {megabytes} {loss:g}", transport, elements))
+            for loss in losses
+        ]
         began = time.monotonic()
         for number in range(WARM_UP[transport] + count):
-            results, receipts = trainers.average(values)
-            if number == 0:
-                error = float(np.sqrt(np.mean([((result - mean) ** 2).mean() for result in results])))
-            if number < WARM_UP[transport] and time.monotonic() - began < BUDGET_S:
-                continue
-            seconds.append(max(receipt.seconds.reduce for receipt in receipts))
-            outcomes.update(OUTCOMES[receipt.outcome] for receipt in receipts)
-            for lossy in (each.lossy for receipt in receipts for each in receipt.rounds if each.HasField("lossy")):
-                sent += sum(link.sent for link in lossy.links)
-                lost += sum(link.lost for link in lossy.links)
-                repaired += lossy.repaired
-            if time.monotonic() - began > BUDGET_S:
+            for cell, its in zip(cells, trainers, strict=True):
+                if not uplink_mbit:
+                    lose(places, cell.loss)
+                results, receipts = its.average(values)
+                if number == 0:
+                    errors = [((result - mean) ** 2).mean() for result in results]
+                    cell.error = float(np.sqrt(np.mean(errors)))
+                if number >= WARM_UP[transport] or time.monotonic() - began > BUDGET_S:
+                    cell.add(receipts)
+            if time.monotonic() - began > BUDGET_S * len(cells):
                 break
-    share = lost / sent if sent else 0.0
-    each = repaired / len(seconds)
-    return RoundTimes(transport, megabytes, loss, uplink_mbit, seconds, share, each, dict(outcomes), error)
+        if not uplink_mbit:
+            lose(places, 0.0)  # for what follows, and so that sessions close at once
+    return cells
 
 
 # ---- trainers
