@@ -800,9 +800,13 @@ class LossyReduce:
             stream.wanted[:] = False
 
     def _make_what_can_be(self) -> None:
+        if not self._left_to_make:  # asked with every packet
+            return
+        live = (stream for rank, stream in self._contributions.items() if rank in self._live)
+        wanting = [stream for stream in live if stream.wanted.any()]
         for cut in self._own:
             at = slice(cut.first - self._own_first, cut.stop - self._own_first)
-            if not any(stream.wanted[at].any() for rank, stream in self._contributions.items() if rank in self._live):
+            if not any(stream.wanted[at].any() for stream in wanting):
                 self._make(cut)
 
     def _look_at(self, phase: Phase, cut: Cut, stream: Inbound) -> None:

@@ -73,7 +73,8 @@ class Pace:
         if self._tried is not None:
             loss_before, bytes_s_before = self._tried
             self._tried = None
-            if loss - self.path_loss < 0.6 * (loss_before - self.path_loss):
+            by_chance = 3 * math.sqrt(loss_before * (1 - loss_before) / sent)
+            if loss - self.path_loss < 0.6 * (loss_before - self.path_loss) and loss_before - loss > by_chance:
                 self.backed_off += 1
                 return
             self.path_loss = min(loss, loss_before)

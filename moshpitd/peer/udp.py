@@ -128,6 +128,11 @@ class UdpConfig:
     again_s: float = 600.0
     """For so long one that could not be reached is given `patience_again_s` only."""
     patience_again_s: float = 0.1
+    window_bytes: int = 1 << 20
+    """Sent to one member and not known to be read, by all its senders together: a quarter of its buffer, since
+    the kernel counts its own part of each datagram."""
+    unheard_s: float = 0.25
+    """A report that is waited for so long was lost, and those after it."""
     pause_min_s: float = 0.001
     """The shortest pause of a paced sender: uvloop counts in milliseconds, what is less would spin. A burst's tokens
     make up for it."""
@@ -162,6 +167,8 @@ class Member:
     their_ends: int = 0
     """Phases, a bit each, that it told us are over."""
     sent: int = 0
+    is_sending: bool = False
+    """A burst is on its way out, though its first packet may have to wait for the pace."""
     ends: int = 0
     """Phases, a bit each, of which all is on the wire."""
     ends_heard: int = 0
@@ -171,6 +178,11 @@ class Member:
     marks_at: dict[int, float] = field(default_factory=dict)
     """When we first asked how many of so many packets arrived; unanswered ones."""
     round_trip_s: float = math.inf
+    asked: int = 0
+    """Packets sent when it was last asked how much has arrived ..."""
+    read: int = 0
+    """... and those sent before the newest mark that it answered."""
+    was_read: asyncio.Event = field(default_factory=asyncio.Event)
     waited: bool = False
     """Its pace held us up since the last mark: the rate is what limits."""
 
@@ -186,6 +198,8 @@ class Round:
     id: bytes
     seal: Seal
     members: dict[Rank, Member]
+    packed: dict[int, tuple[list[Frames], int]] = field(default_factory=dict)
+    """Averages as datagrams, by their first range, and how many members have yet to get them: all get the same."""
     next_control: int = 1
     """Of all control datagrams we send in this round: no nonce comes twice."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -269,7 +283,7 @@ class UdpPath:
         peer, others = group.members[other].peer, len(group.members) - 1
         if peer not in self._paces:
             rates = [rate for rate in (group.members[rank].up_bytes_s, known_rate(group.members[other])) if rate > 0]
-            self._paces[peer] = Pace(self._config.pace, min(rates, default=0.0) / others)
+            self._paces[peer] = Pace(self._config.pace, min(rates, default=self._config.pace.first_bytes_s) / others)
         return self._paces[peer]
 
     async def _serve_member(self, opened: Round, rank: Rank) -> None:
@@ -290,32 +304,42 @@ class UdpPath:
                 await member.bell.wait()
                 member.bell.clear()
                 continue
-            # All of it is packed at once, for the values may change when the machine has committed.
-            frames = [
-                pack(
-                    Stream(
-                        Kind(burst.phase),
-                        opened.codec,
-                        opened.rank,
-                        opened.id,
-                        burst.span,
-                        packets.rows.shape[1],
-                        burst.span_count,
-                    ),
-                    opened.seal,
-                    packets.numbers - burst.span_first,
-                    burst.cut.piece.start + (packets.numbers - burst.cut.first) * burst.cut.range_elements,
-                    packets.rows,
-                )
-                for packets in burst.encode()
-            ]
+            frames = self._packed(opened, burst)
+            member.is_sending = True
             if telling is None or telling.done():
                 telling = self._spawn(opened, self._tell_marks(opened, member))
             for each in frames:
-                await self._send_paced(member, each)
+                await self._send_paced(opened, member, each)
+            member.is_sending = False
             if burst.ends:
                 member.ends |= 1 << burst.phase
                 member.reported.set()
+
+    def _packed(self, opened: Round, burst: Burst) -> list[Frames]:
+        """All of it at once, for the values may change when the machine has committed; averages once for all."""
+        is_average, first = burst.phase is Phase.AVERAGE, burst.cut.first
+        frames, others = opened.packed.pop(first, ([], len(opened.members))) if is_average else ([], 0)
+        frames = frames or [
+            pack(
+                Stream(
+                    Kind(burst.phase),
+                    opened.codec,
+                    opened.rank,
+                    opened.id,
+                    burst.span,
+                    packets.rows.shape[1],
+                    burst.span_count,
+                ),
+                opened.seal,
+                packets.numbers - burst.span_first,
+                burst.cut.piece.start + (packets.numbers - burst.cut.first) * burst.cut.range_elements,
+                packets.rows,
+            )
+            for packets in burst.encode()
+        ]
+        if is_average and others > 1:
+            opened.packed[first] = frames, others - 1
+        return frames
 
     async def _meet(self, opened: Round, rank: Rank) -> bool:
         """Say hello until it is heard; False when patience is over."""
@@ -343,12 +367,13 @@ class UdpPath:
             return str(found[0][4][0]), int(found[0][4][1])
         return None
 
-    async def _send_paced(self, member: Member, frames: Frames) -> None:
+    async def _send_paced(self, opened: Round, member: Member, frames: Frames) -> None:
         width = frames.shape[1]
         at_once = max(1, min(BATCH_PACKETS_MAX, BATCH_BYTES_MAX // width))
         whole = frames.reshape(-1).data
         for first in range(0, len(frames), at_once):
             batch = whole[first * width : (first + at_once) * width]
+            await self._room(opened, member, width)
             while (delay := member.pace.delay(len(batch), self._loop.time())) > 0:
                 member.waited = True
                 await asyncio.sleep(max(delay, self._config.pause_min_s))
@@ -360,13 +385,38 @@ class UdpPath:
             self.packets_sent += count
             await asyncio.sleep(0)
 
+    async def _room(self, opened: Round, member: Member, width: int) -> None:
+        """Wait while the receiver may not have read what we sent: on a busy machine it would lose what its buffer has
+        no room for. What its path holds comes on top. One that is not heard in time is believed to have read all."""
+        config = self._config
+        in_flight = member.pace.bytes_s * member.round_trip_s if math.isfinite(member.round_trip_s) else 0.0
+        window = max(BATCH_PACKETS_MAX, int((config.window_bytes / len(opened.members) + in_flight) / width))
+        if member.sent - member.asked >= window // 2:
+            self._mark(opened, member)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(config.unheard_s):
+                while member.sent - member.read > window:
+                    member.was_read.clear()
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(member.was_read.wait(), config.mark_s)
+                        continue
+                    self._mark(opened, member)
+        if member.sent - member.read > window:
+            member.read = member.sent
+
+    def _mark(self, opened: Round, member: Member) -> None:
+        member.asked = member.sent
+        if member.sent not in member.marks_at and len(member.marks_at) < MARKS_MAX:
+            member.marks_at[member.sent] = self._loop.time()
+        self._say(opened, member, Kind.MARK, MARK.pack(member.sent, member.ends))
+
     async def _tell_marks(self, opened: Round, member: Member) -> None:
         """While packets go out, and until their end was heard."""
         config = self._config
         pause_s, ends_told = config.mark_again_s, 0
         while ends_told < config.ends_max:
             is_over = member.ends and member.ends & ~member.ends_heard
-            if not is_over and member.ends and member.marked[0] == member.sent:
+            if not is_over and not member.is_sending and member.ends and member.marked[0] == member.sent:
                 return  # the next burst begins anew
             member.reported.clear()
             with suppress(TimeoutError):
@@ -374,9 +424,7 @@ class UdpPath:
             if member.ends & ~member.ends_heard:
                 ends_told += 1
                 pause_s = min(1.5 * pause_s, 0.1)
-            if member.sent not in member.marks_at and len(member.marks_at) < MARKS_MAX:
-                member.marks_at[member.sent] = self._loop.time()
-            self._say(opened, member, Kind.MARK, MARK.pack(member.sent, member.ends))
+            self._mark(opened, member)
 
     def _say_hello(self, opened: Round, member: Member) -> None:
         bits = member.is_heard | member.is_open.is_set() << 1
@@ -475,6 +523,9 @@ class UdpPath:
             self.refusals.nonsense += 1
 
     def _report_received(self, member: Member, sent: int, arrived: int, ends: int) -> None:
+        if member.read < sent <= member.sent:
+            member.read = sent
+            member.was_read.set()
         before_sent, before_arrived = member.marked
         if before_sent <= sent <= member.sent and before_arrived <= arrived:
             if sent - before_sent >= self._config.pace.sent_min:
