@@ -95,19 +95,19 @@ def _rounds(found: Figures) -> list[Figure]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(cell.outcomes.items()))
         note = f"p99 {cell.ms(0.99):.0f} ms; {len(cell.seconds)} rounds; {kinds}"
         told.append(_tell(f"{what}: a {transport} round", cell.ms(0.5), "ms", note=note))
-        beside = cells.get(("reliable", megabytes, loss, mbit))
-        if transport != "lossy" or beside is None:
+        if transport != "lossy":
             continue
-        if mbit:
-            ratio = beside.ms(0.5) / cell.ms(0.5)
-            told.append(
-                _tell(f"{what}: throughput by gRPC's", ratio, "x", Goal.AT_LEAST, OF_GRPC_MIN, _both(cell, beside, 0.5))
-            )
-            continue
-        if loss == max(each.loss for each in found.net.rounds):
+        if not mbit and loss == max(each.loss for each in found.net.rounds):
             calm = cells[transport, megabytes, 0.0, 0]
             name, goal = f"{what}: p99 by that without loss", (Goal.AT_MOST, FLAT_MAX)
             told.append(_tell(name, cell.ms(0.99) / calm.ms(0.99), "x", *goal, _both(cell, calm, 0.99)))
+        beside = cells.get(("reliable", megabytes, loss, mbit))
+        if beside is None:
+            continue
+        if mbit:
+            ratio, both = beside.ms(0.5) / cell.ms(0.5), _both(cell, beside, 0.5)
+            told.append(_tell(f"{what}: throughput by gRPC's", ratio, "x", Goal.AT_LEAST, OF_GRPC_MIN, both))
+            continue
         is_promised = loss == 0.05
         told.append(
             _tell(
