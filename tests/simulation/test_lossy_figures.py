@@ -24,8 +24,10 @@ def test_estimates_lean_no_more_than_chance_and_the_naive_mean_does() -> None:
 def test_ours_scatters_a_little_more_than_the_best_rule_there_is(loss: float, least: float) -> None:
     """4 % more where two fifths are lost: the price of not having to know how much is."""
     assert least_noise(loss) == pytest.approx(least, abs=1e-4)
-    found = bias([loss] * 7, EQUAL, mean=1.0, spread=0.01, rounds=2, seed=3)
-    assert least_noise(loss) < found.noise < 1.06 * least_noise(loss)
+    found = bias([loss] * 7, EQUAL, mean=1.0, spread=0.01, rounds=8, seed=3)
+    assert 0.99 * least_noise(loss) < found.noise < 1.06 * least_noise(loss), (
+        "1 % is what chance shows in so many trials"
+    )
 
 
 def test_drift_is_bounded_and_increments_drift_for_ever() -> None:
