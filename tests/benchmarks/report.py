@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -416,7 +417,7 @@ def _draw_packet_loss(details: Mapping[str, Any]) -> list[Path]:
             learning.plot(steps, each["own"], styles[each["way"]], color=colour, label=label)
             if each["loss"]:
                 apart.plot(steps, each["apart"], styles[each["way"]], color=colour, label=label)
-        learning.set(xlabel="steps", ylabel="cross-entropy on all digits, peers' own models", yscale="log")
+        learning.set(xlabel="steps", ylabel="peers' cross-entropy on all digits", yscale="log")
         apart.set(xlabel="steps", ylabel="E |th_i - th_j|^2 of an element", yscale="log")
         for axes in (learning, apart):
             axes.grid(alpha=0.3, which="both")
@@ -430,9 +431,8 @@ def _draw_packet_loss(details: Mapping[str, Any]) -> list[Path]:
 def _draw_times(axes: Any, label: str, cells: Sequence[Mapping[str, Any]], colour: str) -> None:
     """p99 over loss, and the median as dashes."""
     at = [100 * each["loss"] for each in cells]
-    seconds = [sorted(each["seconds"]) for each in cells]
-    for share, style, what in ((0.99, "-", "p99"), (0.5, "--", "median")):
-        times = [1e3 * each[round(share * (len(each) - 1))] for each in seconds]
+    for share, style, what in ((99, "-", "p99"), (50, "--", "median")):
+        times = [1e3 * float(np.percentile(each["seconds"], share)) for each in cells]
         axes.plot(at, times, style, marker="o", markersize=3, color=colour, label=f"{label}, {what}")
 
 
