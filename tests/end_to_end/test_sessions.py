@@ -86,7 +86,9 @@ def test_a_narrow_codec_costs_precision_and_saves_bytes_but_never_costs_equality
     assert {receipt.digest for receipt in receipts} == {receipts[0].digest}
     assert receipts[0].rounds[0].codec == codec
     whole = 200_000 * 4 * 2 * 3 / 4  # a contribution to each other and an average from each, a quarter each
-    assert receipts[0].bytes.received == pytest.approx(whole * bits / 32, rel=0.05)
+    # Of all: how much each receives depends on its span, and spans on what lines were measured to carry.
+    received = sum(receipt.bytes.received for receipt in receipts) / len(receipts)
+    assert received == pytest.approx(whole * bits / 32, rel=0.05)
 
 
 def test_four_bits_around_the_last_average_lose_less_than_eight_without(four: list[Peer]) -> None:
