@@ -301,6 +301,10 @@ class Membership:
         held = heapq.nlargest(2, self._each_k())
         return held[-1] if held else 0
 
+    def all_past(self, k: int) -> bool:
+        """Whether everybody else took part in this averaging, or a later one."""
+        return bool(self._others) and all(self._counts(one)[1] >= k for one in self._others.values())
+
     def _each_k(self) -> list[int]:
         """Where everybody is."""
         marks = self._marks

@@ -1068,9 +1068,10 @@ class Session:
         if current.call.epoch is not None:
             return current.call.epoch
         plan, swarm_k = self._plan_in_force(), self._members.current_k()
-        if self._last_k < 0 and plan is not None and self._here.peer in plan.roster and swarm_k <= plan.first_k + 1:
+        is_ours = self._last_k < 0 and plan is not None and self._here.peer in plan.roster
+        if is_ours and plan and swarm_k <= plan.first_k + 1 and not self._members.all_past(plan.first_k):
             # Made for us among others, who expect us there; faster lines may be through already. Whether ours is over
-            # its leader says.
+            # its leader says. (Where all are through, it was made for us before we were restarted.)
             return max(self._next_k, plan.first_k)
         return max(current.k, self._next_k, swarm_k)
 

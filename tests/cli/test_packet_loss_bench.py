@@ -113,9 +113,8 @@ def test_daemons_average_while_the_network_loses_packets() -> None:
         )
         lossy = net.rounds[0]
         assert (lossy.transport, lossy.loss, len(lossy.seconds)) == ("lossy", 0.1, 2)
-        # What the links lose, and on a busy machine what its sockets lose beside that.
-        assert 0.07 < lossy.lost / lossy.packets < 0.5
-        assert sum(lossy.outcomes.values()) == 8 and lossy.outcomes["complete"] >= 6
+        assert lossy.lost / lossy.packets == pytest.approx(0.1, abs=0.03)
+        assert lossy.outcomes == {"complete": 8}
         assert lossy.error < 0.5
         assert [len(message.seconds) for message in net.messages] == [2]
         assert all(np.isfinite(cell.ms(0.99)) for cell in net.rounds)
